@@ -210,7 +210,7 @@ def resolved_parameters(experiment: Experiment, job: Job) -> dict[str, Any]:
     folders = {"run_dir", *job.needs}
     return {name: job.parameters.get(name, default) for name, default in defaults.items() if name not in folders}
 
-# %% ../nbs/17_runs.ipynb #41cc17c0
+# %% ../nbs/17_runs.ipynb #b28c7e49
 def write_result(
     run_dir: str | Path,  # "" writes nothing: a notebook that is run by hand
     **result: Any,  # JSON values; by convention metrics, images (PNG in base64), notes
@@ -239,7 +239,7 @@ def locked(folder: Path) -> Iterator[None]:
 def provenance(seconds: float, threads: int) -> dict[str, Any]:
     "Where, when and with what a job ran; not part of its result."
     def output_of(*command: str) -> str:
-        done = subprocess.run(command, cwd=project_root(), capture_output=True, text=True)
+        done = subprocess.run(command, cwd=project_root(), capture_output=True, text=True, check=False)
         return done.stdout.strip() if done.returncode == 0 else ""
 
     def version_of(package: str) -> str | None:
@@ -265,7 +265,7 @@ def hardware() -> str:
 
 def _gpu() -> str:
     with contextlib.suppress(OSError):
-        done = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True)
+        done = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True, check=False)
         if done.returncode == 0 and done.stdout.strip():
             return ", " + done.stdout.strip().replace("\n", ", ")
     return ""

@@ -241,7 +241,7 @@ def _train_step(
     state.step += 1
     return totals
 
-# %% ../nbs/12_training.ipynb #87623785
+# %% ../nbs/12_training.ipynb #3d843d8a
 def _continue_log(path: Path, step: int) -> None:
     "Drop what was logged after the checkpoint, and a line that was cut off."
     if not path.exists():
@@ -308,6 +308,6 @@ def train(
                 bar.set_postfix(loss=values["loss"])
             if state.step % config.save_every == 0 or last:
                 state.save(checkpoint, settings)
-    final = dict(network.state_dict()) | {k: v for k, v in state.ema.items()}
+    final = dict(network.state_dict()) | state.ema
     save_network(weights, network, final, steps=state.step, seed=config.seed, data=dataset.name, **about)
     return weights

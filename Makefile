@@ -1,0 +1,29 @@
+# Each target sets up .venv by itself. Python 3.11 or newer and make are all it needs.
+SIZE ?= digits
+PYTHON ?= python3
+PIP_ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/ready
+
+.PHONY: reproduce test clean help
+
+help:
+	@echo "make reproduce [SIZE=smoke|digits]   run everything of a size and write reports/SIZE/index.html"
+	@echo "make test                            the lessons, then the tests"
+
+$(READY): settings.ini setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else "adm_repro needs Python 3.11 or newer, this is %d.%d; try make PYTHON=python3.12" % v[:2])'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --constraint constraints.txt --editable '.[reproduce,dev]'
+	@touch $(READY)
+
+reproduce: $(READY)
+	$(BIN)/adm-repro reproduce --size $(SIZE)
+
+test: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+
+clean:
+	rm -rf $(VENV) runs

@@ -1,0 +1,144 @@
+"""The repository keeps its own rules: notebooks and modules in step, metadata in one place, nothing that belongs to one machine."""
+import ast
+import configparser
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+LESSONS = [p for p in NOTEBOOKS if p.parent == ROOT / "nbs" and p.stem[:2].isdigit()]
+PAPER = [p for p in NOTEBOOKS if p.parent.name == "paper"]
+MODULES = {p.stem for p in (ROOT / "adm_repro").glob("*.py")} - {"__init__", "_modidx"}
+
+
+def settings():
+    parser = configparser.ConfigParser(delimiters=["="])
+    parser.read(ROOT / "settings.ini")
+    return parser["DEFAULT"]
+
+
+def cells(path, kind="code"):
+    return [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == kind]
+
+
+def tracked():
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    return [ROOT / name for name in listed.stdout.splitlines() if (ROOT / name).is_file()]
+
+
+def test_modules_and_notebooks_are_in_step(tmp_path):
+    """Exporting and cleaning a copy changes nothing: what is committed is what the notebooks say."""
+    for name in ("nbs", "adm_repro"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+    for name in ("settings.ini", "README.md"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    for command in ("nbdev_clean", "nbdev_export"):
+        subprocess.run([str(Path(sys.executable).with_name(command))], cwd=tmp_path, check=True, capture_output=True)
+    for folder, pattern in (("adm_repro", "*.py"), ("nbs", "**/*.ipynb")):
+        for path in sorted((ROOT / folder).glob(pattern)):
+            if ".ipynb_checkpoints" not in path.parts:
+                assert (tmp_path / path.relative_to(ROOT)).read_text() == path.read_text(), f"{path.name} is out of step: nbdev_clean, nbdev_export"
+
+
+def test_every_module_has_its_notebook():
+    exported = {re.search(r"#\| default_exp (\w+)", "".join(c["source"]))[1] for p in LESSONS for c in cells(p) if "default_exp" in "".join(c["source"])}
+    assert exported == MODULES
+    assert {p.stem[3:] for p in LESSONS} == MODULES
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebook_rules(path):
+    notebook = json.loads(path.read_text())
+    assert notebook["metadata"]["kernelspec"] == {"display_name": "python3", "language": "python", "name": "python3"}
+    assert path.stat().st_size < 200_000, "a notebook stays under 200 KB"
+    ids = [c["id"] for c in notebook["cells"]]
+    assert len(set(ids)) == len(ids)
+    first = "".join(notebook["cells"][0]["source"])
+    assert first.startswith("# ") and "\n> " in first, "a title and one sentence come first"
+    assert "import *" not in path.read_text()
+
+
+@pytest.mark.parametrize("path", LESSONS, ids=lambda p: p.stem)
+def test_lesson_has_prose_and_checks(path):
+    code, prose = cells(path), cells(path, "markdown")
+    exported = [c for c in code if "".join(c["source"]).startswith("#| export")]
+    checks = [c for c in code if re.search(r"\b(assert|test_eq|test_close|expect_fail)\b", "".join(c["source"])) and c not in exported]
+    assert len(prose) >= len(exported) // 2
+    assert len(checks) >= min(len(exported) - 1, 3)
+
+
+@pytest.mark.parametrize("path", PAPER, ids=lambda p: p.stem)
+def test_paper_notebook_has_typed_parameters_and_exports_nothing(path):
+    tagged = [c for c in cells(path) if "parameters" in c["metadata"].get("tags", [])]
+    assert len(tagged) == 1
+    source = "".join(tagged[0]["source"])
+    for statement, line in zip(ast.parse(source).body, source.splitlines()):
+        assert isinstance(statement, ast.AnnAssign) and statement.annotation.id in ("int", "float", "str", "bool", "list")
+        ast.literal_eval(statement.value)
+        assert re.search(r"  # \S", line), f"{line!r} does not say what it means"
+    assert 'run_dir: str = ""' in source
+    assert "#| export" not in path.read_text()
+
+
+def test_imports_point_downwards():
+    """A lesson imports only modules of lessons before it, so the numbers are the reading order."""
+    order = {p.stem[3:]: i for i, p in enumerate(LESSONS)}
+    for path in LESSONS:
+        text = "\n".join("".join(c["source"]) for c in cells(path))
+        for name in re.findall(r"from adm_repro\.(\w+) import", text):
+            assert order[name] < order[path.stem[3:]], f"{path.stem} imports {name}"
+
+
+def test_library_imports_without_jupyter_nbdev_or_workflow():
+    blocked = ("nbdev", "fastcore", "papermill", "IPython", "ipykernel", "jupyter_client", "nbconvert", "nbformat", "snakemake",
+               "matplotlib", "sklearn", "pandas", "tabulate")
+    code = f"import sys\nfor name in {blocked!r}: sys.modules[name] = None\n" + "\n".join(f"import adm_repro.{m}" for m in sorted(MODULES))
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_environment_mirrors_settings():
+    """environment.yml names the same packages with the same bounds; conda calls torch pytorch."""
+    text = (ROOT / "environment.yml").read_text()
+    conda = {line.strip()[2:].strip() for line in text.splitlines() if line.strip().startswith("- ")} - {"conda-forge", "pip", "pip:"}
+    cfg = settings()
+    pip = {r for key in cfg if key.endswith("requirements") for r in cfg[key].split()} | {f"python>={cfg['min_python']}"}
+    assert conda == {r.replace("torch>=", "pytorch>=") if r.startswith("torch>=") else r for r in pip}
+
+
+def test_constraints_cover_all_requirements():
+    pinned = {line.split("==")[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
+    cfg = settings()
+    wanted = {re.split(r"[<>=]", r)[0].lower() for key in ("requirements", "reproduce_requirements", "dev_requirements") for r in cfg[key].split()}
+    assert wanted <= pinned
+
+
+def test_no_path_of_a_machine_and_no_large_file():
+    home = str(Path.home())
+    for path in tracked():
+        assert path.stat().st_size < 2_500_000, f"{path} is too large to commit"
+        if path.suffix in (".py", ".ipynb", ".md", ".toml", ".json", ".html", ".ini", ".yml", ".txt", ""):
+            text = path.read_text(errors="replace")
+            for fragment in (f"{ROOT}{os.sep}", "/tmp/tmp", *([f"{home}{os.sep}"] if len(home) > 1 else [])):
+                assert fragment not in text, f"{path.relative_to(ROOT)} holds {fragment}"
+
+
+def test_readme_commands_exist():
+    readme, makefile = (ROOT / "README.md").read_text(), (ROOT / "Makefile").read_text()
+    for target in set(re.findall(r"make (\w+)", readme)):
+        assert re.search(rf"^{target}:", makefile, re.M), f"README names make {target}"
+    assert "make test" in (ROOT / ".ci" / "run").read_text()
+    for path in re.findall(r"\]\((?!https?:)([^)#]+)\)", readme):
+        assert (ROOT / path).exists(), f"README links to {path}"
+
+
+def test_ruff_is_clean():
+    subprocess.run([sys.executable, "-m", "ruff", "check", "--no-cache", "."], cwd=ROOT, check=True)

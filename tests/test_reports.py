@@ -1,0 +1,102 @@
+"""The committed report is what the committed records give, and it is honest."""
+import json
+import re
+import shutil
+
+import pytest
+from conftest import ROOT
+from test_workflow import adm
+
+from adm_repro.paper import entry
+from adm_repro.reports import CONFIRMED, INCONCLUSIVE, NOT_RUN, REVERSED, Effect, load_records
+from adm_repro.runs import parse_experiment
+
+SIZES = sorted(p.parent.name for p in (ROOT / "reports").glob("*/records") if p.parent.name != "smoke")
+
+
+@pytest.fixture(scope="module", params=SIZES)
+def rebuilt(request, tmp_path_factory):
+    """A repository with nothing but the committed records, and the report built from them."""
+    root = tmp_path_factory.mktemp("rebuilt")
+    for name in ("experiments", "nbs/paper"):
+        shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
+    shutil.copytree(ROOT / "reports" / request.param / "records", root / "reports" / request.param / "records")
+    result = adm(root, "report", "--size", request.param)
+    assert result.returncode == 0, result.stderr
+    return ROOT / "reports" / request.param, root / "reports" / request.param
+
+
+def test_a_digits_report_is_committed():
+    assert "digits" in SIZES
+
+
+def test_rebuilt_byte_for_byte(rebuilt):
+    committed, fresh = rebuilt
+    names = sorted(str(p.relative_to(committed)) for p in committed.rglob("*") if p.is_file())
+    assert names == sorted(str(p.relative_to(fresh)) for p in fresh.rglob("*") if p.is_file())
+    for name in names:
+        assert (committed / name).read_bytes() == (fresh / name).read_bytes(), name
+
+
+def test_page_asks_nobody_for_anything(rebuilt):
+    page = (rebuilt[0] / "index.html").read_text()
+    assert not re.search(r"<script|<link|@import|url\(|src=\"(?!data:)", page)
+    pictures = re.findall(r"<img[^>]*>", page)
+    assert pictures and all(re.search(r'alt="[^"]{12,}"', picture) for picture in pictures)
+    assert 'name="viewport"' in page
+
+
+def test_pictures_of_the_markdown_exist_and_none_is_left_over(rebuilt):
+    named = set(re.findall(r"\]\((figures/[^)]+)\)", (rebuilt[0] / "README.md").read_text()))
+    assert named == {f"figures/{p.name}" for p in (rebuilt[0] / "figures").iterdir()}
+
+
+def test_records_are_of_the_present_experiment(rebuilt):
+    """Every committed record was made with the parameters that the experiment file has now, from a clean commit."""
+    size = rebuilt[0].name
+    experiment = parse_experiment(size, (ROOT / "experiments" / f"{size}.toml").read_text())
+    records = load_records(rebuilt[0] / "records")
+    assert set(records) == set(experiment.jobs)
+    for id, record in records.items():
+        assert record["parameters"] | experiment.jobs[id].parameters == record["parameters"]
+        assert not record["provenance"]["uncommitted_changes"], f"{id} was run with uncommitted changes"
+
+
+def test_verdicts_are_words_that_cannot_flatter(rebuilt):
+    text = (rebuilt[0] / "README.md").read_text()
+    assert "not FID" in text and "What this is not" in text
+    claims = text.split("## Claims")[1].split("\n## ")[0]
+    rows = [line for line in claims.splitlines() if re.match(r"\| [A-Z]\d", line)]
+    assert {row.split("|")[1].strip() for row in rows} >= {"B1", "B2", "B3", "B4", "B5", "B6", "B7", "C3"}
+    for row in rows:
+        assert row.split("|")[7].strip() in (CONFIRMED, INCONCLUSIVE, REVERSED, NOT_RUN, "reproduced", "inconclusive", "not reproduced"), row
+
+
+def test_paper_numbers_stand_beside_ours(rebuilt):
+    text = (rebuilt[0] / "README.md").read_text()
+    for row in entry("table4").rows:
+        assert f"| {row['fid']}" in text
+    for row in entry("table5").rows:
+        assert f"| {row['fid']}" in text
+
+
+@pytest.mark.parametrize(("differences", "expected", "verdict"), [
+    ((1.0, 1.1, 0.9), 1, CONFIRMED), ((1.0, 1.1, 0.9), -1, REVERSED), ((1.0, -1.1, 0.9), 1, INCONCLUSIVE), ((5.0,), 1, INCONCLUSIVE), ((), 1, NOT_RUN),
+])
+def test_verdict_follows_the_interval(differences, expected, verdict):
+    assert Effect("B4", "", expected, differences).verdict() == verdict
+
+
+def test_text_of_a_record_cannot_become_markup(tmp_path):
+    """Names in a record end up escaped in the page."""
+    import nbformat
+
+    from adm_repro.reports import convert_report, markdown_table
+
+    cell = nbformat.v4.new_code_cell("", outputs=[nbformat.v4.new_output(
+        "display_data", {"text/markdown": markdown_table(["<script>alert(1)</script>"], [["<img src=x onerror=alert(1)>"]])})])
+    notebook = nbformat.v4.new_notebook(cells=[cell], metadata=json.loads((ROOT / "nbs" / "paper" / "report.ipynb").read_text())["metadata"])
+    nbformat.write(notebook, tmp_path / "executed.ipynb")
+    convert_report(tmp_path / "executed.ipynb", tmp_path / "out", "A <b>title</b>")
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert "<script" not in page and "<img" not in page and "<b>title" not in page
