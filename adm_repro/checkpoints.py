@@ -21,7 +21,7 @@ from .features import FeatureConfig, FeatureNet
 from .files import replacing
 from .unet import UNet, UNetConfig, Upsampler
 
-# %% ../nbs/11_checkpoints.ipynb #c9c2d849
+# %% ../nbs/11_checkpoints.ipynb #53ce102b
 NETWORK_KINDS: dict[str, tuple[type[nn.Module], type]] = {
     "unet": (UNet, UNetConfig),
     "superres": (Upsampler, UNetConfig),
@@ -64,6 +64,8 @@ def load_network(
     if "adm_repro" not in metadata:
         raise ValueError(f"{path} holds tensors but no adm_repro configuration: build the network and use load_state_dict")
     text = json.loads(metadata["adm_repro"])
+    if text.get("kind") not in NETWORK_KINDS:
+        raise ValueError(f"{path} holds a network of kind {text.get('kind')!r}; this version knows {', '.join(NETWORK_KINDS)}")
     cls, config_cls = NETWORK_KINDS[text["kind"]]
     network = cls(config_cls(**text["config"]))
     try:
@@ -72,7 +74,7 @@ def load_network(
         raise ValueError(f"{path} does not fit its own configuration: {error}") from error
     return network.eval().requires_grad_(False), text["about"]
 
-# %% ../nbs/11_checkpoints.ipynb #e41e533e
+# %% ../nbs/11_checkpoints.ipynb #6947853b
 _SAME = {"image_size": "image_size", "in_channels": "in_channels", "model_channels": "width", "num_res_blocks": "depth",
          "channel_mult": "channel_mult", "dropout": "dropout", "num_heads": "heads", "conv_resample": "conv_resample",
          "use_scale_shift_norm": "adagn", "resblock_updown": "resblock_updown", "use_checkpoint": "gradient_checkpointing",
@@ -95,6 +97,9 @@ def config_from_settings(
     upsample_heads = left.pop("num_heads_upsample", -1)
     if upsample_heads not in (-1, left["num_heads"]):
         raise ValueError(f"num_heads_upsample={upsample_heads} differs from num_heads={left['num_heads']}; no released model needs that")
+    required = {"image_size", "in_channels", "model_channels", "out_channels", "num_res_blocks", "attention_resolutions"}
+    if missing := sorted(required - set(left)):
+        raise ValueError(f"settings for a {kind} lack {', '.join(missing)}")
     out_channels, factors = left.pop("out_channels"), left.pop("attention_resolutions")
     head_channels = left.pop("num_head_channels", -1)
     ours: dict[str, Any] = {

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['main', 'list_rows', 'run', 'reproduce', 'report', 'doctor']
 
-# %% ../nbs/19_cli.ipynb #557bdb61
+# %% ../nbs/19_cli.ipynb #d9f4b3bb
 import os
 import shutil
 import subprocess
@@ -21,10 +21,12 @@ from adm_repro.runs import (
     Experiment,
     Job,
     RunError,
+    check_values,
     hardware,
     job_folder,
     load_experiment,
     locked,
+    notebook_path,
     project_root,
     read_record,
     resolved_parameters,
@@ -94,11 +96,11 @@ def list_rows(size: str) -> None:
     click.echo(f"{experiment.title}. Sizes: {', '.join(sizes())}\n")
     click.echo(tabulate(lines, ["row or step", "tables", "notebook", "parameters", "done", "took"], tablefmt="simple", disable_numparse=True))
 
-# %% ../nbs/19_cli.ipynb #80ff07a3
+# %% ../nbs/19_cli.ipynb #7657e1d3
 @main.command()
 @click.argument("names", nargs=-1, required=True, metavar="ROW...")
 @_SIZE
-@click.option("--again", is_flag=True, help="Run even if the record exists.")
+@click.option("--again", is_flag=True, help="Throw away what is there, and run.")
 @click.option("--quiet", is_flag=True, help="Say nothing unless it fails.")
 def run(names: tuple[str, ...], size: str, again: bool, quiet: bool) -> None:
     "Run rows or steps: all seeds of a NAME, or one as NAME-seed0. What they need must be done."
@@ -114,8 +116,17 @@ def run(names: tuple[str, ...], size: str, again: bool, quiet: bool) -> None:
             click.echo(f"{job.id}: " + ", ".join(f"{k} {v:.4g}" for k, v in metrics.items() if isinstance(v, (int, float)))
                        + f"  [{job_folder(experiment, job)}]")
 
-# %% ../nbs/19_cli.ipynb #2a88551a
-def _snakemake(size: str, jobs: int, wanted: list[str], dry_run: bool) -> int:
+# %% ../nbs/19_cli.ipynb #cad32b9e
+def _with_needs(experiment: Experiment, ids: list[str]) -> list[str]:
+    "These jobs and all that they need, in the experiment's order."
+    found: set[str] = set()
+    while ids:
+        found.update(ids)
+        ids = [needed for id in ids for needed in experiment.jobs[id].needs.values() if needed not in found]
+    return [id for id in experiment.jobs if id in found]
+
+
+def _snakemake(size: str, jobs: int, wanted: list[str]) -> int:
     "Run the workflow; the exit code of Snakemake."
     if find_spec("snakemake") is None:
         raise RunError("the workflow needs Snakemake: pip install 'adm_repro[reproduce]'")
@@ -123,7 +134,7 @@ def _snakemake(size: str, jobs: int, wanted: list[str], dry_run: bool) -> int:
     command = [sys.executable, "-m", "snakemake", "--snakefile", str(root / "experiments" / "Snakefile"), "--directory", str(work),
                "--cores", str(jobs), "--keep-going", "--rerun-incomplete", "--rerun-triggers", "mtime", "--nolock", "--latency-wait", "5",
                "--config", f"size={size}", f"rows={','.join(wanted)}"]
-    command += ["--dry-run", "--quiet", "rules"] if dry_run else ["--quiet", "rules", "host", "reason"]
+    command += ["--quiet", "rules", "host", "reason"]  # what is left is the progress
     environment = os.environ | {"ADM_REPRO_ROOT": str(root), "PYTHONPATH": os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))}
     return subprocess.run(command, env=environment, check=False).returncode
 
@@ -136,15 +147,20 @@ def _snakemake(size: str, jobs: int, wanted: list[str], dry_run: bool) -> int:
 def reproduce(names: tuple[str, ...], size: str, jobs: int, dry_run: bool) -> None:
     "Run everything of a size that is not done, and write its report; or only some ROWs and what they need."
     experiment = load_experiment(size)
-    for job in experiment.jobs.values():
-        resolved_parameters(experiment, job)  # a misspelt parameter is found before anything is computed
+    for section in (*experiment.sections, "report"):
+        notebook_path(section)
+    for job in experiment.jobs.values():  # mistakes are found before anything is computed
+        check_values(job, resolved_parameters(experiment, job))
     wanted = [job.id for job in _select(experiment, names)]
     done = {id for id, job in experiment.jobs.items() if read_record(job_folder(experiment, job))}
     click.echo(f"{experiment.title}: {len(done)} of {len(experiment.jobs)} jobs are done.")
     if dry_run:
-        sys.exit(_snakemake(size, jobs, wanted, dry_run))
+        for id in _with_needs(experiment, wanted or list(experiment.jobs)):
+            if id not in done:
+                click.echo(f"would run {id} ({experiment.jobs[id].notebook}.ipynb)")
+        return
     with locked(runs_folder(size)):
-        code = _snakemake(size, jobs, wanted, dry_run)
+        code = _snakemake(size, jobs, wanted)
     if code:
         click.echo("Some jobs failed (see above); the others are done, and running this again continues.", err=True)
         if not wanted:

@@ -6,10 +6,13 @@
 __all__ = ['IMAGE_SUFFIXES', 'ImageDataset', 'dataset_from_arrays', 'load_npz', 'resize_shorter_side', 'center_crop',
            'random_crop', 'load_folder', 'load_digits_dataset', 'load_dataset', 'to_float', 'training_batch']
 
-# %% ../nbs/09_data.ipynb #20445208
+# %% ../nbs/09_data.ipynb #b7aa6243
 import math
+import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +22,7 @@ from torch import Tensor
 
 from .noise import permutation, uniform
 
-# %% ../nbs/09_data.ipynb #874a3a68
+# %% ../nbs/09_data.ipynb #0adb6480
 @dataclass(frozen=True)
 class ImageDataset:
     "Labelled images; ValueError if labels are out of range or do not match the images."
@@ -29,6 +32,7 @@ class ImageDataset:
     class_names: tuple[str, ...]
     shape: tuple[int, int, int]  # (H, W, C) of every image
     read: Callable[[int, np.random.Generator | None], np.ndarray]  # (index, random crop generator) -> (H, W, C) uint8
+    random_crops: bool = False  # whether `read` uses the generator
 
     def __post_init__(self):
         if self.labels.ndim != 1 or len(self.labels) == 0:
@@ -52,7 +56,7 @@ class ImageDataset:
         "Read images, without random crops."
         return np.stack([self.read(int(i), None) for i in (range(len(self)) if indices is None else indices)])
 
-# %% ../nbs/09_data.ipynb #b7b2971b
+# %% ../nbs/09_data.ipynb #75efe13e
 def dataset_from_arrays(
     name: str,
     images: np.ndarray,  # (N, H, W, C) uint8
@@ -64,6 +68,8 @@ def dataset_from_arrays(
         raise ValueError(f"{name}: images must be uint8 of shape (N, H, W, 1 or 3), got {images.dtype} {images.shape}")
     if len(images) != len(labels):
         raise ValueError(f"{name}: {len(images)} images but {len(labels)} labels")
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise ValueError(f"{name}: labels must be integers, got {labels.dtype}")
     labels = labels.astype(np.int64)
     names = class_names or tuple(str(i) for i in range(int(labels.max(initial=-1)) + 1))
     return ImageDataset(name, labels, names, images.shape[1:], lambda i, crop: images[i])
@@ -77,13 +83,15 @@ def load_npz(
 ) -> ImageDataset:
     "Read a labelled batch; ValueError names what is missing or wrong."
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            missing = [key for key in (image_key, label_key) if key not in arrays]
-            if missing:
-                raise ValueError(f"{path} has no array {', '.join(missing)}; it holds {', '.join(arrays.files)}")
-            return dataset_from_arrays(str(path), arrays[image_key], arrays[label_key], class_names)
-    except (OSError, EOFError) as error:
-        raise ValueError(f"{path} cannot be read as an .npz file: {error}") from error
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {key: file[key] for key in (image_key, label_key) if key in file}
+            held = file.files
+    except (OSError, EOFError, ValueError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path} cannot be read as an .npz file of plain arrays: {error}") from error
+    missing = [key for key in (image_key, label_key) if key not in arrays]
+    if missing:
+        raise ValueError(f"{path} has no array {', '.join(missing)}; it holds {', '.join(held)}")
+    return dataset_from_arrays(str(path), arrays[image_key], arrays[label_key], class_names)
 
 # %% ../nbs/09_data.ipynb #9466d253
 def resize_shorter_side(
@@ -119,7 +127,7 @@ def random_crop(
     top, left = (int(rng.integers(length - size + 1)) for length in array.shape[:2])
     return array[top:top + size, left:left + size]
 
-# %% ../nbs/09_data.ipynb #3cdb1372
+# %% ../nbs/09_data.ipynb #3c727f19
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".gif", ".bmp", ".webp"}
 
 
@@ -153,9 +161,9 @@ def load_folder(
         array = random_crop(image, size, rng) if crop == "random" and rng is not None else center_crop(image, size)
         return array.reshape(size, size, channels)
 
-    return ImageDataset(str(folder), np.array([numbers[n] for n in names]), class_names, (size, size, channels), read)
+    return ImageDataset(str(folder), np.array([numbers[n] for n in names]), class_names, (size, size, channels), read, crop == "random")
 
-# %% ../nbs/09_data.ipynb #1e39efec
+# %% ../nbs/09_data.ipynb #8c9e5773
 def load_digits_dataset(
     split: str = "train",  # "train" (1437 images), "test" (360) or "all"
 ) -> ImageDataset:
@@ -166,7 +174,7 @@ def load_digits_dataset(
         raise ImportError("the digits come with scikit-learn: pip install 'adm_repro[reproduce]'") from error
     digits = load_digits()
     images = np.round(digits.images * (255 / 16)).astype(np.uint8)[..., None]
-    order = permutation(0, len(images), 0).numpy()
+    order = permutation(0, len(images), 0, "split").numpy()
     test_size = len(images) // 5 + 1
     parts = {"train": np.sort(order[test_size:]), "test": np.sort(order[:test_size]), "all": np.arange(len(images))}
     if split not in parts:
@@ -177,26 +185,33 @@ def load_digits_dataset(
 
 def load_dataset(
     name: str,  # "digits", a folder of images, or an .npz file
-    split: str = "train",  # of a named data set
+    split: str = "train",  # "train" or "test"; a folder without splits is all training images
     size: int = 64,  # of images from a folder
     channels: int = 3,  # of images from a folder
 ) -> ImageDataset:
-    "A data set by name or path; ValueError if it is neither."
+    "A data set by name or path; ValueError if it is neither, or has no such split."
     if name == "digits":
         return load_digits_dataset(split)
     path = Path(name)
-    if path.suffix == ".npz" and path.is_file():
-        return load_npz(path)
-    if path.is_dir():
-        return load_folder(path, size, channels)
+    parts = path / split, path / f"{split}.npz"  # a folder may hold its splits
+    for candidate in (*parts, path) if split == "train" else parts:
+        if candidate.suffix == ".npz" and candidate.is_file():
+            return load_npz(candidate)
+        if candidate.is_dir():
+            return load_folder(candidate, size, channels)
+    if path.exists():
+        raise ValueError(f"{name} has no {split} split: put the images into {name}/train and {name}/test, or train.npz and test.npz there")
     raise ValueError(f"{name!r} is neither a named data set (digits) nor an existing folder or .npz file")
 
-# %% ../nbs/09_data.ipynb #429b4a00
+# %% ../nbs/09_data.ipynb #70407f81
 def to_float(
     images: np.ndarray,  # (N, H, W, C) uint8
 ) -> Tensor:  # (N, C, H, W) float32 in [-1, 1]
     "Scale 0..255 to [-1, 1], channels first."
     return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+_order = lru_cache(maxsize=4)(permutation)  # an epoch's order serves all its steps
 
 
 def training_batch(
@@ -207,10 +222,9 @@ def training_batch(
 ) -> tuple[Tensor, Tensor]:  # (N, C, H, W) float32 in [-1, 1], (N,) int64 labels
     "The training images at these places; a function of (seed, place) alone."
     epochs, positions = places // len(dataset), places % len(dataset)
-    orders = {int(epoch): permutation(seed, len(dataset), int(epoch)) for epoch in epochs.unique()}
-    indices = [int(orders[int(epoch)][position]) for epoch, position in zip(epochs, positions)]
-    crop_rngs = [np.random.default_rng((seed, int(place))) for place in places]
-    images = to_float(np.stack([dataset.read(i, rng) for i, rng in zip(indices, crop_rngs)]))
+    indices = [int(_order(seed, len(dataset), int(epoch))[position]) for epoch, position in zip(epochs, positions)]
+    crops = [np.random.default_rng((seed, int(place))) if dataset.random_crops else None for place in places]
+    images = to_float(np.stack([dataset.read(i, crop) for i, crop in zip(indices, crops)]))
     if flip:
         mirrored = uniform(seed, places, 1, "flip")[:, 0] < 0.5
         images[mirrored] = images[mirrored].flip(-1)

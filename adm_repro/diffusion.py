@@ -102,22 +102,24 @@ class PMeanVariance(NamedTuple):
     log_variance: Tensor
     pred_xstart: Tensor
 
-# %% ../nbs/00_diffusion.ipynb #e5063ad6
+# %% ../nbs/00_diffusion.ipynb #ec3e27a3
 class GaussianDiffusion:
     "Float64 tables of a diffusion process, and the Gaussians that they define."
 
     def __init__(
         self,
-        betas: Tensor,  # (T,) noise variances in (0, 1]
+        betas: Tensor,  # (T,) noise variances in (0, 1)
         *,
         predicts: str = "eps",  # what the network outputs: "eps" or "x_start"
         variance: str = "learned_range",  # "learned_range", "fixed_small" or "fixed_large"
         timesteps: list[int] | None = None,  # training timestep of each index; 0..T-1 by default
-        trained_timesteps: int | None = None,  # length of the process that was trained; T by default
     ):
         betas = torch.as_tensor(betas, dtype=torch.float64)
-        if betas.ndim != 1 or len(betas) == 0 or not ((betas > 0) & (betas <= 1)).all():
-            raise ValueError(f"betas must be a non-empty 1-d tensor of values in (0, 1], got shape {tuple(betas.shape)}")
+        if betas.ndim != 1 or len(betas) == 0:
+            raise ValueError(f"betas must be a non-empty 1-d tensor, got shape {tuple(betas.shape)}")
+        if not ((betas > 0) & (betas < 1)).all():
+            raise ValueError(f"betas must lie between 0 and 1, got {betas.min():g} to {betas.max():g}: "
+                             "a linear schedule needs more than 20 steps; to sample in fewer, respace a longer process")
         if predicts not in ("eps", "x_start"):
             raise ValueError(f'predicts must be "eps" or "x_start", got {predicts!r}')
         if variance not in ("learned_range", "fixed_small", "fixed_large"):
@@ -125,7 +127,6 @@ class GaussianDiffusion:
         self.predicts, self.variance = predicts, variance
         self.num_timesteps = len(betas)
         self.timesteps = torch.tensor(timesteps if timesteps is not None else range(len(betas)), dtype=torch.int64)
-        self.trained_timesteps = trained_timesteps or len(betas)
         if len(self.timesteps) != len(betas):
             raise ValueError(f"{len(betas)} betas but {len(self.timesteps)} timesteps")
         self._tables = self._build_tables(betas)
@@ -184,7 +185,12 @@ class GaussianDiffusion:
         abar = self.alphas_cumprod[kept]
         betas = 1 - abar / torch.cat([torch.ones(1, dtype=torch.float64), abar[:-1]])
         return GaussianDiffusion(betas, predicts=self.predicts, variance=self.variance,
-                                 timesteps=self.timesteps[kept].tolist(), trained_timesteps=self.trained_timesteps)
+                                 timesteps=self.timesteps[kept].tolist())
+
+    def settings(self) -> dict[str, object]:
+        "What tells this process from another, as JSON."
+        return {"predicts": self.predicts, "variance": self.variance, "timesteps": self.num_timesteps,
+                "beta_first": self.betas[0].item(), "beta_last": self.betas[-1].item(), "signal_left": self.alphas_cumprod[-1].item()}
 
 # %% ../nbs/00_diffusion.ipynb #1f0dde19
 def q_sample(

@@ -31,9 +31,9 @@ def philox(
         k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
     return [c0, c1, c2, c3]
 
-# %% ../nbs/06_noise.ipynb #ad1bfcd0
+# %% ../nbs/06_noise.ipynb #4fbf2205
 PURPOSES = {name: number for number, name in enumerate((
-    "label", "initial noise", "step noise", "training timestep", "training noise", "order", "flip", "crop", "dropout", "weights"))}
+    "label", "initial noise", "step noise", "training timestep", "training noise", "order", "flip", "split"))}
 
 
 def random_words(
@@ -53,7 +53,7 @@ def random_words(
     words = torch.stack(torch.broadcast_tensors(*philox(counter, (seed & _MASK, seed >> 32))), dim=-1)
     return words.flatten(1)[:, :count]
 
-# %% ../nbs/06_noise.ipynb #7056d548
+# %% ../nbs/06_noise.ipynb #a9bea555
 def uniform(
     seed: int,
     indices: Tensor,  # (N,) int64
@@ -97,7 +97,7 @@ def permutation(
     seed: int,
     length: int,
     epoch: int,  # another order for each
-    purpose: str = "order",
+    purpose: str = "order",  # one of `PURPOSES`
 ) -> Tensor:  # (length,) int64
     "A random order of 0..length-1."
     words = random_words(seed, torch.arange(length), 2, purpose, epoch)

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['Record', 'CONFIRMED', 'INCONCLUSIVE', 'REVERSED', 'AT_FULL_SIZE', 'NOT_RUN', 'report_folder', 'collect',
-           'load_records', 'by_name', 'metric', 'Effect', 'paired', 'show', 'markdown_table', 'markdown_image',
-           'markdown_figure', 'effects_table', 'write_section', 'Section', 'read_section', 'provenance_table',
-           'convert_report', 'build_report']
+           'current_records', 'report_key', 'load_records', 'by_name', 'metric', 'Effect', 'paired', 'best_by_others',
+           'show', 'markdown_table', 'markdown_image', 'markdown_figure', 'effects_table', 'write_section', 'Section',
+           'read_section', 'provenance_table', 'convert_report', 'build_report']
 
-# %% ../nbs/18_reports.ipynb #5e20cb2e
+# %% ../nbs/18_reports.ipynb #5f1171d0
 import base64
+import hashlib
 import html
 import io
 import json
@@ -28,11 +29,15 @@ from adm_repro.runs import (
     Experiment,
     execute_notebook,
     job_folder,
+    job_key,
+    job_recipe,
+    notebook_hash,
+    notebook_path,
     project_root,
     read_record,
 )
 
-# %% ../nbs/18_reports.ipynb #823e3ba1
+# %% ../nbs/18_reports.ipynb #b86d57af
 Record = dict[str, Any]
 
 
@@ -41,18 +46,30 @@ def report_folder(size: str) -> Path:
     return project_root() / "reports" / size
 
 
-def collect(experiment: Experiment) -> int:  # how many jobs are done under their present keys
+def collect(experiment: Experiment) -> None:
     "Copy finished records into the report's folder; remove records of jobs that the experiment no longer has."
-    folder, done = report_folder(experiment.size) / "records", 0
+    folder = report_folder(experiment.size) / "records"
     for id, job in experiment.jobs.items():
-        record = read_record(job_folder(experiment, job))
-        if record is not None:
+        if (record := read_record(job_folder(experiment, job))) is not None:
             write_json(folder / f"{id}.json", record)
-            done += 1
-    for path in folder.glob("*.json") if done else ():
+    for path in folder.glob("*.json"):
         if path.stem not in experiment.jobs:
             path.unlink()
-    return done
+
+
+def current_records(experiment: Experiment) -> dict[str, Record]:  # by job id
+    "Committed records that were made by the present recipe of their job."
+    records = load_records(report_folder(experiment.size) / "records")
+    return {id: r for id, r in records.items() if id in experiment.jobs and r["recipe"] == job_recipe(experiment, experiment.jobs[id])}
+
+
+def report_key(experiment: Experiment) -> str:  # 64 hexadecimal digits
+    "Hash of everything that a finished report depends on: the experiment, its jobs, the section notebooks and this module."
+    notebooks = [notebook_hash(notebook_path(name)) for name in (*experiment.sections, "report")]
+    keys = [job_key(experiment, job) for job in experiment.jobs.values()]
+    own = [files("adm_repro").joinpath(name).read_text() for name in ("reports.py", "report.html", "paper.json")]
+    parts = [experiment.size, experiment.title, experiment.note, notebooks, list(experiment.jobs), keys, own]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def load_records(
@@ -81,7 +98,7 @@ def metric(
     "One metric of a row, for each seed."
     return {record["seed"]: record["result"]["metrics"][name] for record in row}
 
-# %% ../nbs/18_reports.ipynb #bb8d127a
+# %% ../nbs/18_reports.ipynb #005bcda5
 CONFIRMED, INCONCLUSIVE, REVERSED = (f"smaller run: {word}" for word in ("effect confirmed", "inconclusive", "effect reversed"))
 AT_FULL_SIZE = {CONFIRMED: "reproduced", INCONCLUSIVE: "inconclusive", REVERSED: "not reproduced"}
 NOT_RUN = "not run"
@@ -97,6 +114,7 @@ class Effect:
     differences: tuple[float, ...]  # one per seed; empty if not run
     paper: str = ""  # what the paper reports for it
     full_size: bool = False  # measured at the size of the claim itself: only claims about mathematics are, so far
+    relative: bool = False  # the differences are of logarithms, and are shown as changes in percent
 
     def interval(self) -> Interval | None:
         "Of the mean difference; None if not run."
@@ -113,6 +131,14 @@ class Effect:
             verdict = CONFIRMED if math.copysign(1, interval.mean) == self.expected else REVERSED
         return AT_FULL_SIZE[verdict] if self.full_size else verdict
 
+    def shown(self) -> tuple[str, str]:
+        "Mean and interval as text."
+        interval = self.interval()
+        if interval is None:
+            return "", ""
+        number = (lambda x: f"{math.expm1(x) * 100:+.0f} %") if self.relative else (lambda x: f"{x:+.3f}")
+        return number(interval.mean), f"{number(interval.low)} to {number(interval.high)}" if interval.count > 1 else ""
+
     def needed(self) -> str:
         "How many seeds would decide an open sign."
         interval = self.interval()
@@ -124,11 +150,23 @@ class Effect:
 def paired(
     a: dict[int, float],  # by seed
     b: dict[int, float],  # by seed
+    relative: bool = False,  # differences of logarithms: for distances, whose spread grows with their size
 ) -> tuple[float, ...]:
     "Differences a - b of the seeds that both have."
-    return tuple(a[seed] - b[seed] for seed in sorted(set(a) & set(b)))
+    value = math.log if relative else float
+    return tuple(value(a[seed]) - value(b[seed]) for seed in sorted(set(a) & set(b)))
 
-# %% ../nbs/18_reports.ipynb #29e304bb
+
+def best_by_others(
+    candidates: dict[Any, dict[int, float]],  # candidate -> its distance for each seed
+) -> dict[int, Any]:  # seed -> the candidate with the smallest mean distance over the other seeds
+    "Choose the best of several without looking at the seed that it is then measured on."
+    if not candidates:
+        return {}
+    seeds = set.intersection(*(set(values) for values in candidates.values()))
+    return {seed: min(candidates, key=lambda c: sum(candidates[c][s] for s in seeds - {seed})) for seed in sorted(seeds)} if len(seeds) > 1 else {}
+
+# %% ../nbs/18_reports.ipynb #43af1eee
 def show(
     values: Sequence[float],  # one per seed
     digits: int = 2,
@@ -176,10 +214,8 @@ def effects_table(effects: Sequence[Effect]) -> str:
     rows = []
     for effect in effects:
         interval = effect.interval()
-        bounds = "" if interval is None or interval.count < 2 else f"{interval.low:+.3f} to {interval.high:+.3f}"
-        rows.append([effect.claim, effect.text, effect.paper, "" if interval is None else f"{interval.mean:+.3f}", bounds,
-                     0 if interval is None else interval.count, effect.verdict(), effect.needed()])
-    return markdown_table(["claim", "expected", "paper", "ours", "95 % interval", "seeds", "verdict", "seeds to decide"], rows)
+        rows.append([effect.claim, effect.text, effect.verdict(), *effect.shown(), effect.paper, 0 if interval is None else interval.count, effect.needed()])
+    return markdown_table(["claim", "expected", "verdict", "ours", "95 % interval", "paper", "seeds", "seeds that a new run would need"], rows)
 
 # %% ../nbs/18_reports.ipynb #4718cc2f
 def write_section(
@@ -220,7 +256,7 @@ def provenance_table(records: dict[str, Record]) -> str:
             for (hardware, versions, commit), group in sorted(groups.items())]
     return markdown_table(["hardware", "versions", "commit", "jobs", "minutes of one job after another"], rows)
 
-# %% ../nbs/18_reports.ipynb #b90a3d3f
+# %% ../nbs/18_reports.ipynb #3bbbb7ec
 _PICTURE = re.compile(r"!\[([^\]]*)\]\(data:image/png;base64,([A-Za-z0-9+/=]+)\)")
 
 
@@ -245,7 +281,7 @@ def _with_picture_files(markdown: str, folder: Path) -> str:
 
 def _execute_section(name: str, out: Path, parameters: dict[str, Any]) -> Path:
     out.mkdir(parents=True, exist_ok=True)
-    execute_notebook(project_root() / "nbs" / "paper" / f"{name}.ipynb", out / "executed.ipynb", parameters, threads=1)
+    execute_notebook(notebook_path(name), out / "executed.ipynb", parameters, threads=1)
     return out / "executed.ipynb"
 
 
@@ -265,9 +301,9 @@ def convert_report(
     page = Template(files("adm_repro").joinpath("report.html").read_text()).substitute(title=html.escape(title), body=body)
     text = _with_picture_files(markdown, folder)
     for name, content in (("README.md", text), ("index.html", page)):
-        lines = [line.rstrip() for line in content.strip().splitlines()]
+        lines = "\n".join(line.rstrip() for line in content.strip().splitlines())
         with replacing(folder / name) as temporary:
-            temporary.write_text("\n".join(lines) + "\n")
+            temporary.write_text(re.sub(r"\n{3,}", "\n\n", lines) + "\n")
 
 
 def build_report(
@@ -275,9 +311,10 @@ def build_report(
     scratch: Path,  # a folder for executed notebooks
 ) -> Path:  # reports/<size>/index.html
     "Write a size's report from its committed records; RunError if a notebook fails."
-    folder = report_folder(experiment.size)
-    records = str(folder / "records")
-    common = {"size": experiment.size, "records": records}
+    folder, records = report_folder(experiment.size), scratch / "records"
+    for id, record in current_records(experiment).items():
+        write_json(records / f"{id}.json", record)
+    common = {"size": experiment.size, "records": str(records)}
     for name in experiment.sections:
         _execute_section(name, scratch / name, common | {"run_dir": str(scratch / name)})
     executed = _execute_section("report", scratch / "report", common | {

@@ -110,7 +110,12 @@ def ddim_step(
     mean = x_start * float(prev.sqrt()) + eps * float((1 - prev - sigma**2).sqrt())
     return mean if step == 0 or not config.eta else mean + float(sigma) * noise
 
-# %% ../nbs/07_sampling.ipynb #efff2806
+# %% ../nbs/07_sampling.ipynb #c91508c0
+def _check_guide(config: SamplerConfig, grad_fn: GradFn | None) -> None:
+    if config.guidance_scale and grad_fn is None:
+        raise ValueError(f"guidance_scale is {config.guidance_scale} but there is no classifier: pass grad_fn, or set the scale to 0")
+
+
 @torch.no_grad()
 def sample_loop(
     model: Denoiser,
@@ -123,8 +128,7 @@ def sample_loop(
     callback: Callable[[int, Tensor], None] | None = None,  # called with (steps left, x) after every step
 ) -> Tensor:  # (N, C, ...) images, nominally in [-1, 1]
     "Run the reverse process from noise to images; ValueError if guidance has no gradient."
-    if config.guidance_scale and grad_fn is None:
-        raise ValueError(f"guidance_scale is {config.guidance_scale} but there is no classifier: pass grad_fn, or set the scale to 0")
+    _check_guide(config, grad_fn)
     walk = diffusion.respaced(config.steps)
     step_fn = ancestral_step if config.sampler == "ancestral" else ddim_step
     needs_noise = config.sampler == "ancestral" or config.eta > 0
@@ -186,7 +190,18 @@ def sample_upsampled(
     conditioning = {"low_res": small} | ({} if y is None else {"y": y})
     return sample_images(upsampler, diffusion, config, seed, indices, (small.shape[1], size, size), conditioning=conditioning)
 
-# %% ../nbs/07_sampling.ipynb #018d8125
+# %% ../nbs/07_sampling.ipynb #1f6420bd
+def _reversible_walk(diffusion: GaussianDiffusion, config: SamplerConfig, grad_fn: GradFn | None, skip_last: int) -> GaussianDiffusion:
+    "The respaced process, if DDIM can be walked both ways on it."
+    _check_guide(config, grad_fn)
+    if config.sampler != "ddim" or config.eta:
+        raise ValueError(f"only DDIM with eta 0 can be reversed, got {config.sampler!r} with eta {config.eta}")
+    walk = diffusion.respaced(config.steps)
+    if not 0 <= skip_last < walk.num_timesteps:
+        raise ValueError(f"skip_last must be in 0..{walk.num_timesteps - 1}, got {skip_last}")
+    return walk
+
+
 @torch.no_grad()
 def ddim_encode(
     model: Denoiser,
@@ -198,9 +213,7 @@ def ddim_encode(
     skip_last: int = 0,  # leave out this many of the noisiest steps
 ) -> Tensor:  # (N, C, ...) noise, for `ddim_decode`
     "Walk DDIM from images to noise (Figure 10); ValueError unless the sampler is DDIM with eta 0."
-    if config.sampler != "ddim" or config.eta:
-        raise ValueError(f"only DDIM with eta 0 can be reversed, got {config.sampler!r} with eta {config.eta}")
-    walk, x_t = diffusion.respaced(config.steps), x_start
+    walk, x_t = _reversible_walk(diffusion, config, grad_fn, skip_last), x_start
     for step in range(walk.num_timesteps - skip_last):
         output = model(x_t, trained_timesteps(walk, step, x_t), **(conditioning or {}))
         clean, eps = _ddim_prediction(walk, output, x_t, step, config, grad_fn)
@@ -219,8 +232,8 @@ def ddim_decode(
     conditioning: dict[str, Tensor] | None = None,
     skip_last: int = 0,  # as in encoding
 ) -> Tensor:  # (N, C, ...) images
-    "Walk DDIM from encoded noise back to images (Figure 10)."
-    walk = diffusion.respaced(config.steps)
+    "Walk DDIM from encoded noise back to images (Figure 10); ValueError unless the sampler is DDIM with eta 0."
+    walk = _reversible_walk(diffusion, config, grad_fn, skip_last)
     for step in reversed(range(walk.num_timesteps - skip_last)):
         output = model(x_t, trained_timesteps(walk, step, x_t), **(conditioning or {}))
         x_t = ddim_step(walk, output, x_t, step, None, config, grad_fn)

@@ -7,13 +7,13 @@ __all__ = ['Objective', 'DenoisingObjective', 'UpsamplingObjective', 'NoisyClass
            'CleanClassificationObjective', 'TrainConfig', 'update_ema', 'TrainingDiverged', 'TrainState', 'initialise',
            'train']
 
-# %% ../nbs/12_training.ipynb #1c5045ef
+# %% ../nbs/12_training.ipynb #bdc228af
 import json
 import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,13 +31,15 @@ from .diffusion import GaussianDiffusion, hybrid_loss, q_sample
 from .files import replacing
 from .noise import integers, normals
 
-# %% ../nbs/12_training.ipynb #fca9895f
+# %% ../nbs/12_training.ipynb #86558d72
 class Objective(Protocol):
     "What a network is trained to do."
 
     def __call__(
         self, network: nn.Module, images: Tensor, labels: Tensor, places: Tensor, seed: int,
     ) -> dict[str, Tensor]: ...  # "loss" (N,), and other (N,) tensors worth logging
+
+    def settings(self) -> dict[str, Any]: ...  # what tells it from another objective, as JSON
 
 
 def _noised(diffusion: GaussianDiffusion, images: Tensor, places: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -59,6 +61,9 @@ class DenoisingObjective:
         losses = hybrid_loss(self.diffusion, output.float(), images, x_t, t, eps)
         return {"loss": losses.loss, "mse": losses.mse} | ({} if losses.vlb is None else {"vlb": losses.vlb})
 
+    def settings(self) -> dict[str, Any]:
+        return {"objective": "denoising", "diffusion": self.diffusion.settings()}
+
 
 @dataclass(frozen=True)
 class UpsamplingObjective:
@@ -74,6 +79,9 @@ class UpsamplingObjective:
         losses = hybrid_loss(self.diffusion, output.float(), images, x_t, t, eps)
         return {"loss": losses.loss, "mse": losses.mse} | ({} if losses.vlb is None else {"vlb": losses.vlb})
 
+    def settings(self) -> dict[str, Any]:
+        return {"objective": "upsampling", "low_size": self.low_size, "diffusion": self.diffusion.settings()}
+
 
 @dataclass(frozen=True)
 class NoisyClassificationObjective:
@@ -86,6 +94,9 @@ class NoisyClassificationObjective:
         loss, correct = classifier_loss(network, x_t, t, labels)
         return {"loss": loss, "accuracy": correct}
 
+    def settings(self) -> dict[str, Any]:
+        return {"objective": "noisy classification", "diffusion": self.diffusion.settings()}
+
 
 @dataclass(frozen=True)
 class CleanClassificationObjective:
@@ -94,6 +105,9 @@ class CleanClassificationObjective:
     def __call__(self, network: nn.Module, images: Tensor, labels: Tensor, places: Tensor, seed: int) -> dict[str, Tensor]:
         logits = network(images).float()
         return {"loss": F.cross_entropy(logits, labels, reduction="none"), "accuracy": (logits.argmax(1) == labels).float()}
+
+    def settings(self) -> dict[str, Any]:
+        return {"objective": "clean classification"}
 
 # %% ../nbs/12_training.ipynb #c64492da
 @dataclass(frozen=True)
@@ -143,7 +157,7 @@ def update_ema(
     weights = [dict(network.named_parameters())[name] for name in ema]
     torch._foreach_lerp_(list(ema.values()), weights, 1 - rate)
 
-# %% ../nbs/12_training.ipynb #4aea97f5
+# %% ../nbs/12_training.ipynb #8c7fd76f
 class TrainingDiverged(RuntimeError):
     "The loss is no longer a number."
 
@@ -157,7 +171,7 @@ class TrainState:
     scaler: torch.amp.GradScaler
     ema: dict[str, Tensor]
     step: int = 0
-    bad_steps: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64))  # consecutive losses that were not finite
+    bad_steps: int = 0  # consecutive steps whose loss or gradient was not finite
 
     def tensors(self) -> dict[str, Tensor]:
         "All tensors by name."
@@ -169,7 +183,7 @@ class TrainState:
 
     def save(self, path: Path, settings: dict[str, Any]) -> None:
         "Write the state and the settings that led to it, atomically."
-        text = {"step": self.step, "settings": settings, "scaler": self.scaler.state_dict()}
+        text = {"step": self.step, "bad_steps": self.bad_steps, "settings": settings, "scaler": self.scaler.state_dict()}
         with replacing(path) as temporary:
             save_file({k: v.detach().contiguous() for k, v in self.tensors().items()}, temporary, {"adm_repro": json.dumps(text)})
 
@@ -185,9 +199,10 @@ class TrainState:
         for name, parameter in self.network.named_parameters():
             prefix = f"optimizer.{name}."
             state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-            self.optimizer.state[parameter] = state | {"step": state["step"].cpu()}
+            if state:  # fp16 may have skipped every step so far
+                self.optimizer.state[parameter] = state | {"step": state["step"].cpu()}
         self.scaler.load_state_dict(text["scaler"])
-        self.step = text["step"]
+        self.step, self.bad_steps = text["step"], text["bad_steps"]
 
 
 def _refuse_other_settings(path: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -197,7 +212,7 @@ def _refuse_other_settings(path: Path, saved: dict[str, Any], wanted: dict[str, 
             raise ValueError(f"{path} was trained with {key}={saved.get(key)}, but now {key}={wanted.get(key)}: "
                              "use another folder, or remove this one to start again")
 
-# %% ../nbs/12_training.ipynb #854e612e
+# %% ../nbs/12_training.ipynb #6a00c5c7
 _TOLERATED_BAD_STEPS = {"fp32": 0, "bf16": 0, "fp16": 20}
 
 
@@ -209,39 +224,55 @@ def _seeded(seed: int, step: int, device: torch.device) -> Iterator[None]:
         yield
 
 
-def _train_step(
-    state: TrainState, objective: Objective, dataset: ImageDataset, config: TrainConfig, device: torch.device,
+def _diverged(state: TrainState, config: TrainConfig) -> TrainingDiverged:
+    return TrainingDiverged(f"the loss is not finite at step {state.step + 1} (seed {config.seed}, learning rate {config.learning_rate:g}, "
+                            f"{config.precision}): the last good checkpoint is kept; lower the learning rate, or use bf16 or fp32 instead of fp16")
+
+
+def _batch_losses(
+    state: TrainState, objective: Objective, dataset: ImageDataset, config: TrainConfig, device: torch.device, backward: bool,
 ) -> dict[str, Tensor]:
-    "One optimiser step; returns the means of what the objective reports."
+    "Means of what the objective reports for the next step's batch, piece by piece; with `backward`, gradients are left in the network."
     places = torch.arange(config.batch_size) + state.step * config.batch_size
     images, labels = training_batch(dataset, config.seed, places, config.flip)
-    for group in state.optimizer.param_groups:
-        group["lr"] = config.learning_rate_at(state.step)
     size, totals = config.microbatch or config.batch_size, {}
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision)
-    with _seeded(config.seed, state.step, device):
+    with _seeded(config.seed, state.step, device), torch.set_grad_enabled(backward):
         for start in range(0, config.batch_size, size):
             piece = slice(start, start + size)
             with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
                 reported = objective(state.network, images[piece].to(device), labels[piece].to(device), places[piece], config.seed)
-            state.scaler.scale(reported["loss"].sum() / config.batch_size).backward()
+            if backward:
+                state.scaler.scale(reported["loss"].sum() / config.batch_size).backward()
             for name, values in reported.items():
                 totals[name] = totals.get(name, 0) + values.detach().sum() / config.batch_size
-    state.scaler.step(state.optimizer)
+    return totals
+
+
+def _train_step(
+    state: TrainState, objective: Objective, dataset: ImageDataset, config: TrainConfig, device: torch.device,
+) -> dict[str, Tensor]:
+    "One optimiser step; returns the means of what the objective reports, and the norm of the gradient."
+    totals = _batch_losses(state, objective, dataset, config, device, backward=True)
+    state.scaler.unscale_(state.optimizer)
+    totals["grad_norm"] = torch.nn.utils.clip_grad_norm_(state.network.parameters(), math.inf)  # measured, not clipped
+    if bool(torch.isfinite(totals["loss"]) & torch.isfinite(totals["grad_norm"])):
+        state.bad_steps = 0
+        for group in state.optimizer.param_groups:
+            group["lr"] = config.learning_rate_at(state.step)
+        state.scaler.step(state.optimizer)
+        if state.ema:
+            update_ema(state.ema, state.network, config.ema_rate)
+    else:
+        state.bad_steps += 1
+        if state.bad_steps > _TOLERATED_BAD_STEPS[config.precision]:
+            raise _diverged(state, config)
     state.scaler.update()
     state.optimizer.zero_grad(set_to_none=True)
-    if state.ema:
-        update_ema(state.ema, state.network, config.ema_rate)
-    finite = torch.isfinite(totals["loss"]).cpu()
-    state.bad_steps = torch.where(finite, 0, state.bad_steps + 1)
-    if int(state.bad_steps) > _TOLERATED_BAD_STEPS[config.precision]:
-        raise TrainingDiverged(f"the loss is not finite at step {state.step + 1} (seed {config.seed}, learning rate "
-                               f"{config.learning_rate:g}, {config.precision}): the last good checkpoint is kept; "
-                               "lower the learning rate, or use bf16 or fp32 instead of fp16")
     state.step += 1
     return totals
 
-# %% ../nbs/12_training.ipynb #3d843d8a
+# %% ../nbs/12_training.ipynb #f1c67e39
 def _continue_log(path: Path, step: int) -> None:
     "Drop what was logged after the checkpoint, and a line that was cut off."
     if not path.exists():
@@ -288,7 +319,7 @@ def train(
         {k: v.detach().clone() for k, v in network.named_parameters()} if config.ema_rate is not None else {})
     ignored = {"log_every", "save_every"}
     settings = {"train": {k: v for k, v in asdict(config).items() if k not in ignored}, "kind": kind_of(network),
-                "network": asdict(network.config), "data": dataset.name, "images": len(dataset)}
+                "network": asdict(network.config), "data": dataset.name, "images": len(dataset), **objective.settings()}
     checkpoint, weights, log = run_dir / "training.safetensors", run_dir / "weights.safetensors", run_dir / "log.jsonl"
     if checkpoint.exists():
         state.load(checkpoint, settings)
@@ -307,6 +338,8 @@ def train(
                 lines.flush()
                 bar.set_postfix(loss=values["loss"])
             if state.step % config.save_every == 0 or last:
+                if not bool(torch.isfinite(_batch_losses(state, objective, dataset, config, device, backward=False)["loss"])):
+                    raise _diverged(state, config)
                 state.save(checkpoint, settings)
     final = dict(network.state_dict()) | state.ema
     save_network(weights, network, final, steps=state.step, seed=config.seed, data=dataset.name, **about)

@@ -29,6 +29,13 @@ def lesson_cells(module):
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("module", sorted({m["module"] for m in MUTATIONS if m.get("lesson")}))
+def test_the_right_formula_passes(module):
+    """The control: without a planted error the same way of running a lesson succeeds."""
+    run_lesson(lesson_cells(module))
+
+
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: m["name"].replace(" ", "_"))
 def test_planted_error_is_caught(mutation, tmp_path):
     module_text = (ROOT / "adm_repro" / f"{mutation['module']}.py").read_text()
@@ -37,7 +44,7 @@ def test_planted_error_is_caught(mutation, tmp_path):
         cells = lesson_cells(mutation["module"])
         changed = [cell.replace(mutation["right"], mutation["wrong"]) for cell in cells]
         assert changed != cells
-        with pytest.raises(Exception):  # noqa: B017, PT011 - any failure of a lesson counts
+        with pytest.raises(Exception):  # noqa: B017 - any failure of a lesson counts
             run_lesson(changed)
         return
     shutil.copytree(ROOT / "adm_repro", tmp_path / "adm_repro", ignore=shutil.ignore_patterns("__pycache__"))

@@ -39,7 +39,7 @@ def start(folder):
 
 
 def log_steps(folder):
-    return [{k: v for k, v in json.loads(line).items() if k != "images_per_second"} for line in (folder / "log.jsonl").open()]
+    return [{k: v for k, v in json.loads(line).items() if k != "images_per_second"} for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
 def test_kill_and_continue_is_bit_for_bit(tmp_path):
@@ -62,16 +62,15 @@ def test_kill_and_continue_is_bit_for_bit(tmp_path):
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_learns_what_float32_learns(tmp_path, precision):
-    changes = dict(iterations=25, batch_size=32, learning_rate=2e-3, log_every=1, flip=False)
+    changes = dict(iterations=8, batch_size=8, learning_rate=2e-3, log_every=1, flip=False)
     losses = {}
     for name in ("fp32", precision):
         weights = run(tmp_path / name, precision=name, **changes)
         losses[name] = [line["mse"] for line in log_steps(tmp_path / name)]
         network, _ = load_network(weights)
         assert all(p.dtype == torch.float32 and torch.isfinite(p).all() for p in network.parameters())
-    assert losses[precision][0] == pytest.approx(losses["fp32"][0], rel=0.02)
-    assert losses[precision][-1] == pytest.approx(losses["fp32"][-1], rel=0.15)
-    assert losses[precision][-1] < 0.8 * losses[precision][0]
+    assert losses[precision] == pytest.approx(losses["fp32"], rel=0.03)
+    assert losses[precision][-1] < 0.95 * losses[precision][0]
 
 
 def test_a_run_folder_belongs_to_its_settings(tmp_path):

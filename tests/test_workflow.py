@@ -103,16 +103,21 @@ def test_a_second_run_does_nothing(undisturbed):
 
 
 def test_killed_runs_end_with_the_same_records(undisturbed, make_root):
+    """Killed in the middle of training, and again in the middle of sampling."""
     root = make_root("killed")
-    for seconds in (7, 14):
+    for halfway, unfinished in (("conditional-seed0-*/training.safetensors", "conditional"), ("guided-seed0-*/blocks/block_000000.npz", "guided")):
         victim = subprocess.Popen(**command(root, "reproduce", "--size", "tiny", "--jobs", "2"), start_new_session=True,
                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        time.sleep(seconds)
+        while not list((root / "runs" / "tiny").glob(halfway)):
+            assert victim.poll() is None, "the run ended before it could be killed"
+            time.sleep(0.01)
         os.killpg(victim.pid, signal.SIGKILL)  # the command, Snakemake, and the jobs; kernels notice and stop
         victim.wait()
+        assert not any(name.startswith(unfinished) for name in records(root)), "a half-done job looks finished"
     result = adm(root, "reproduce", "--size", "tiny", "--jobs", "2")
     assert result.returncode == 0, result.stdout + result.stderr
     assert records(root) == records(undisturbed)
+    assert not list((root / "runs").rglob(".*.tmp*")), "leftovers of killed processes"
 
 
 def test_a_new_row_appears_in_list_plan_and_report(undisturbed, make_root):
@@ -131,18 +136,23 @@ def test_a_new_row_appears_in_list_plan_and_report(undisturbed, make_root):
 
 
 def test_a_failing_row_stops_nothing_else(undisturbed, make_root):
-    root = make_root("failing", TINY + NEW_ROW.replace("guidance_scale = 10.0", "guidance_scale = 10.0, steps = \"ddim999\""))
+    root = make_root("failing", TINY + NEW_ROW.replace("guidance_scale = 10.0", "guidance_scale = 10.0, data = \"nowhere\""))
     shutil.copytree(undisturbed / "runs", root / "runs")
     shutil.rmtree(next((root / "runs" / "tiny").glob("guided-*")))
     result = adm(root, "reproduce", "--size", "tiny", "--jobs", "2")
     assert result.returncode == 1
-    assert "no integer stride" in result.stderr  # the notebook's own error reaches the terminal
+    assert "'nowhere' is neither a named data set" in result.stderr  # the notebook's own error reaches the terminal
     assert any(name.startswith("guided-seed0") for name in records(root))
     assert "Not run: 1 of 6 jobs** (stronger-seed0)" in (root / "reports" / "tiny" / "README.md").read_text()
 
 
 @pytest.mark.parametrize(("change", "message"), [
     (("steps = \"3\"", "stepz = \"3\""), "has no parameter 'stepz'"),
+    (("steps = \"3\"", "steps = \"ddim999\""), "no integer stride"),
+    (("guidance_scale = 1.0", "guidance_scale = -1.0"), "guidance_scale must be"),
+    (("iterations = 12", "iterations = 0"), "must be at least 1"),
+    (("\"ddim\"]\n[notebooks", "\"dimm\"]\n[notebooks"), "no notebook nbs/paper/dimm.ipynb"),
+    (("seeds = [0]", "seeds = [0, 0]"), "seeds must be a list of different whole numbers"),
     (("guidance_scale = 1.0", "guidance_scale = \"1.0\""), "should be a float"),
     (("model = \"conditional\"", "model = \"conditonal\""), "needs 'conditonal', which is no step"),
     (("notebook = \"train_features\"", "notebook = \"train_featurez\""), "no notebook nbs/paper/train_featurez.ipynb"),
