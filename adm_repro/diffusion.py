@@ -102,7 +102,7 @@ class PMeanVariance(NamedTuple):
     log_variance: Tensor
     pred_xstart: Tensor
 
-# %% ../nbs/00_diffusion.ipynb #ec3e27a3
+# %% ../nbs/00_diffusion.ipynb #e04f6fd3
 class GaussianDiffusion:
     "Float64 tables of a diffusion process, and the Gaussians that they define."
 
@@ -137,7 +137,7 @@ class GaussianDiffusion:
         abar = torch.cumprod(1 - betas, 0)
         one = torch.ones(1, dtype=torch.float64)
         prev, next_ = torch.cat([one, abar[:-1]]), torch.cat([abar[1:], 0 * one])
-        beta_tilde = betas * (1 - prev) / (1 - abar)  # Ho et al. 2020, eq. 7
+        beta_tilde = betas * (1 - prev) / (1 - abar)  # Appendix B, eq. 19
         # beta_tilde is 0 at t = 0 and has no logarithm: the next value stands in (beta itself in a one-step process)
         beta_tilde_clipped = torch.cat([beta_tilde[1:2], beta_tilde[1:]]) if len(betas) > 1 else betas
         return {
@@ -203,14 +203,14 @@ def q_sample(
     return (diffusion.at("sqrt_alphas_cumprod", t, x_start) * x_start
             + diffusion.at("sqrt_one_minus_alphas_cumprod", t, x_start) * eps)
 
-# %% ../nbs/00_diffusion.ipynb #26876f93
+# %% ../nbs/00_diffusion.ipynb #a51318fd
 def q_posterior_mean(
     diffusion: GaussianDiffusion,
     x_start: Tensor,  # (N, ...) clean images
     x_t: Tensor,  # (N, ...) the same images at level t
     t: Tensor,  # (N,) int64 timesteps
 ) -> Tensor:  # (N, ...) mean of x_{t-1}
-    "Mean of q(x_{t-1} | x_t, x_0); its variance is the table `posterior_variance` (Ho et al. 2020, eq. 6-7)."
+    "Mean of q(x_{t-1} | x_t, x_0); its variance is the table `posterior_variance` (Appendix B, eq. 18-20)."
     return (diffusion.at("posterior_mean_coef1", t, x_t) * x_start
             + diffusion.at("posterior_mean_coef2", t, x_t) * x_t)
 
@@ -313,7 +313,7 @@ def discretized_gaussian_log_likelihood(
     mass = torch.where(x < -0.999, upper, torch.where(x > 0.999, 1 - lower, upper - lower))
     return mass.clamp(min=1e-12).log()
 
-# %% ../nbs/00_diffusion.ipynb #5398e435
+# %% ../nbs/00_diffusion.ipynb #d2007afe
 def vlb_loss(
     diffusion: GaussianDiffusion,
     output: Tensor,  # the network's output at (x_t, t)
@@ -322,7 +322,7 @@ def vlb_loss(
     t: Tensor,  # (N,) int64 timesteps
     clip_denoised: bool = False,  # clip the predicted clean image
 ) -> Tensor:  # (N,) in bits per dimension
-    "One term of the variational bound: KL to the exact posterior, or the decoder's NLL at t = 0 (Appendix B, eq. 23-26)."
+    "One term of the variational bound: KL to the exact posterior, or the decoder's NLL at t = 0 (Appendix B, eq. 23-24)."
     p = p_mean_variance(diffusion, output, x_t, t, clip_denoised)
     true_log_var = diffusion.at("posterior_log_variance_clipped", t, x_t)
     kl = normal_kl(q_posterior_mean(diffusion, x_start, x_t, t), true_log_var, p.mean, p.log_variance)
@@ -330,7 +330,7 @@ def vlb_loss(
     term = torch.where((t == 0).view(-1, *[1] * (x_t.ndim - 1)), nll, kl)
     return term.flatten(1).mean(1) / math.log(2)
 
-# %% ../nbs/00_diffusion.ipynb #2ba73bb9
+# %% ../nbs/00_diffusion.ipynb #e3fb1c59
 class Losses(NamedTuple):
     "Per-image losses, each (N,)."
     loss: Tensor  # what is optimised
@@ -344,7 +344,7 @@ def simple_loss(
     x_start: Tensor,  # (N, C, ...) clean images
     eps: Tensor,  # (N, C, ...) noise
 ) -> Tensor:  # (N,)
-    "Mean squared error of the prediction (Appendix B, eq. 30)."
+    "Mean squared error of the prediction (Appendix B, eq. 26)."
     target = x_start if diffusion.predicts == "x_start" else eps
     return ((target - prediction) ** 2).flatten(1).mean(1)
 
@@ -377,7 +377,7 @@ def kl_loss(
     "Estimate of the whole variational bound from one timestep: T times its term (Nichol & Dhariwal 2021, eq. 4)."
     return diffusion.num_timesteps * vlb_loss(diffusion, output, x_start, x_t, t)
 
-# %% ../nbs/00_diffusion.ipynb #62c6c307
+# %% ../nbs/00_diffusion.ipynb #24d100d6
 class BitsPerDim(NamedTuple):
     "The variational bound of a batch, in bits per dimension."
     total: Tensor  # (N,)
@@ -391,7 +391,7 @@ def prior_bits(
     diffusion: GaussianDiffusion,
     x_start: Tensor,  # (N, C, ...) clean images
 ) -> Tensor:  # (N,) bits per dimension
-    "KL between q(x_T | x_0) and a standard normal (Appendix B, eq. 26, L_T)."
+    "KL between q(x_T | x_0) and a standard normal (Appendix B, eq. 25, L_T)."
     t = torch.full((len(x_start),), diffusion.num_timesteps - 1, device=x_start.device)
     mean = diffusion.at("sqrt_alphas_cumprod", t, x_start) * x_start
     log_var = 2 * diffusion.at("sqrt_one_minus_alphas_cumprod", t, x_start).log()

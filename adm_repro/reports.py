@@ -166,7 +166,7 @@ def best_by_others(
     seeds = set.intersection(*(set(values) for values in candidates.values()))
     return {seed: min(candidates, key=lambda c: sum(candidates[c][s] for s in seeds - {seed})) for seed in sorted(seeds)} if len(seeds) > 1 else {}
 
-# %% ../nbs/18_reports.ipynb #43af1eee
+# %% ../nbs/18_reports.ipynb #e0495b7b
 def show(
     values: Sequence[float],  # one per seed
     digits: int = 2,
@@ -192,21 +192,23 @@ def markdown_table(
 
 def markdown_image(
     png: bytes,
+    name: str,  # of its file beside the Markdown report
     alt: str,  # what the picture shows, for those who cannot see it
 ) -> str:
     "An image inside Markdown, self-contained."
     text = alt.replace("[", "(").replace("]", ")")
-    return f"![{text}](data:image/png;base64,{base64.b64encode(png).decode()})"
+    return f"![{text}](data:image/png;name={name};base64,{base64.b64encode(png).decode()})"
 
 
 def markdown_figure(
     figure: Any,  # a matplotlib figure
-    alt: str,
+    name: str,  # of its file beside the Markdown report
+    alt: str,  # what the picture shows, for those who cannot see it
 ) -> str:
     "A matplotlib figure inside Markdown; equal figures give equal bytes."
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120, bbox_inches="tight", metadata={"Software": None})
-    return markdown_image(buffer.getvalue(), alt)
+    return markdown_image(buffer.getvalue(), name, alt)
 
 
 def effects_table(effects: Sequence[Effect]) -> str:
@@ -256,8 +258,8 @@ def provenance_table(records: dict[str, Record]) -> str:
             for (hardware, versions, commit), group in sorted(groups.items())]
     return markdown_table(["hardware", "versions", "commit", "jobs", "minutes of one job after another"], rows)
 
-# %% ../nbs/18_reports.ipynb #3bbbb7ec
-_PICTURE = re.compile(r"!\[([^\]]*)\]\(data:image/png;base64,([A-Za-z0-9+/=]+)\)")
+# %% ../nbs/18_reports.ipynb #76e29152
+_PICTURE = re.compile(r"!\[([^\]]*)\]\(data:image/png;name=([\w.-]+);base64,([A-Za-z0-9+/=]+)\)")
 
 
 def _with_picture_files(markdown: str, folder: Path) -> str:
@@ -267,13 +269,13 @@ def _with_picture_files(markdown: str, folder: Path) -> str:
     written = []
 
     def replace(match: re.Match[str]) -> str:
-        path = figures / f"figure-{len(written) + 1}.png"
-        path.write_bytes(base64.b64decode(match[2]))
+        path = figures / f"{match[2]}.png"
+        path.write_bytes(base64.b64decode(match[3]))
         written.append(path)
         return f"![{match[1]}](figures/{path.name})"
 
     text = _PICTURE.sub(replace, markdown)
-    for path in figures.glob("figure-*.png"):
+    for path in figures.glob("*.png"):
         if path not in written:
             path.unlink()
     return text

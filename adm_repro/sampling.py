@@ -172,7 +172,7 @@ def to_uint8(
     "Images as the released code stores them: scaled, clamped, and truncated rather than rounded."
     return ((images + 1) * 127.5).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
-# %% ../nbs/07_sampling.ipynb #0b0ea559
+# %% ../nbs/07_sampling.ipynb #64b73284
 def sample_upsampled(
     upsampler: Denoiser,  # takes low_res, and y if it has classes
     diffusion: GaussianDiffusion,
@@ -183,7 +183,7 @@ def sample_upsampled(
     size: int,  # height and width of the large images
     y: Tensor | None = None,  # (N,) labels of the small images, for a class-conditional upsampler
 ) -> Tensor:  # (N, C, size, size) float32
-    "Upsample stored samples (Section 2.1); ValueError if the small images are not uint8 NHWC."
+    "Upsample stored samples (Section 5.2); ValueError if the small images are not uint8 NHWC."
     if low_res.dtype != torch.uint8 or low_res.ndim != 4:
         raise ValueError(f"low_res must be uint8 images of shape (N, h, w, C), got {low_res.dtype} {tuple(low_res.shape)}")
     small = low_res.permute(0, 3, 1, 2).to(indices.device).float() / 127.5 - 1

@@ -31,7 +31,7 @@ from .diffusion import GaussianDiffusion, hybrid_loss, q_sample
 from .files import replacing
 from .noise import integers, normals
 
-# %% ../nbs/12_training.ipynb #86558d72
+# %% ../nbs/12_training.ipynb #ebd06fb2
 class Objective(Protocol):
     "What a network is trained to do."
 
@@ -67,7 +67,7 @@ class DenoisingObjective:
 
 @dataclass(frozen=True)
 class UpsamplingObjective:
-    "The hybrid loss of a network that also sees the area-averaged small image (Section 2.1)."
+    "The hybrid loss (Section 2.1) of a network that also sees the small image (Section 5.2), area-averaged as in the released code."
 
     diffusion: GaussianDiffusion
     low_size: int  # height and width of the small image
@@ -146,14 +146,14 @@ class TrainConfig:
         rise = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
         return self.learning_rate * rise * (1 - step / self.iterations if self.anneal else 1.0)
 
-# %% ../nbs/12_training.ipynb #2efe16c5
+# %% ../nbs/12_training.ipynb #f10e9dad
 @torch.no_grad()
 def update_ema(
     ema: dict[str, Tensor],  # averaged weights, changed in place
     network: nn.Module,
     rate: float,  # share of the old average that is kept
 ) -> None:
-    "One step of the moving average (Section 2.1; rate 0.9999 in the paper)."
+    "One step of the moving average (Appendix I; rate 0.9999 in the paper)."
     weights = [dict(network.named_parameters())[name] for name in ema]
     torch._foreach_lerp_(list(ema.values()), weights, 1 - rate)
 
