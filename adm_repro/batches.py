@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SampleBlock', 'block_indices', 'sample_to_folder', 'read_blocks', 'assemble', 'image_grid']
 
-# %% ../nbs/14_batches.ipynb #f7c26351
+# %% ../nbs/14_batches.ipynb #479508a8
 import json
 import zipfile
 from collections.abc import Callable, Iterator
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .files import replacing, write_json
 

@@ -96,18 +96,19 @@ def list_rows(size: str) -> None:
     click.echo(f"{experiment.title}. Sizes: {', '.join(sizes())}\n")
     click.echo(tabulate(lines, ["row or step", "tables", "notebook", "parameters", "done", "took"], tablefmt="simple", disable_numparse=True))
 
-# %% ../nbs/19_cli.ipynb #7657e1d3
+# %% ../nbs/19_cli.ipynb #212a28d7
 @main.command()
 @click.argument("names", nargs=-1, required=True, metavar="ROW...")
 @_SIZE
 @click.option("--again", is_flag=True, help="Throw away what is there, and run.")
+@click.option("--no-check", is_flag=True, help="Do not try the parameters first: the workflow has done that for all jobs.")
 @click.option("--quiet", is_flag=True, help="Say nothing unless it fails.")
-def run(names: tuple[str, ...], size: str, again: bool, quiet: bool) -> None:
+def run(names: tuple[str, ...], size: str, again: bool, no_check: bool, quiet: bool) -> None:
     "Run rows or steps: all seeds of a NAME, or one as NAME-seed0. What they need must be done."
     experiment = load_experiment(size)
     for job in _select(experiment, names):
         try:
-            record = run_job(experiment, job, again)
+            record = run_job(experiment, job, again, not no_check)
         except RunError as error:
             click.echo(f"adm-repro: {error}", err=True)
             sys.exit(1)

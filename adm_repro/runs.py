@@ -247,7 +247,7 @@ def resolved_parameters(experiment: Experiment, job: Job) -> dict[str, Any]:
     folders = {"run_dir", *job.needs}
     return {name: job.parameters.get(name, default) for name, default in defaults.items() if name not in folders}
 
-# %% ../nbs/17_runs.ipynb #5114a905
+# %% ../nbs/17_runs.ipynb #4f3b567e
 def write_result(
     run_dir: str | Path,  # "" writes nothing: a notebook that is run by hand
     **result: Any,  # JSON values; by convention metrics, images (PNG in base64), notes
@@ -350,12 +350,14 @@ def run_job(
     experiment: Experiment,
     job: Job,
     again: bool = False,  # throw away what its folder holds, and run
+    check: bool = True,  # run the notebook's check cells first; the workflow has done that for all jobs
 ) -> dict[str, Any]:  # the record
     "Run a job unless it is done; RunError if its needs are not done, its parameters are wrong, or the notebook fails."
     parameters, folder = resolved_parameters(experiment, job), job_folder(experiment, job)
     if not again and (record := read_record(folder)) is not None:
         return record
-    check_values(job, parameters)
+    if check:
+        check_values(job, parameters)
     inputs = {}
     for parameter, id in job.needs.items():
         needed = job_folder(experiment, experiment.jobs[id])

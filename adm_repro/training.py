@@ -7,7 +7,7 @@ __all__ = ['Objective', 'DenoisingObjective', 'UpsamplingObjective', 'NoisyClass
            'CleanClassificationObjective', 'TrainConfig', 'update_ema', 'TrainingDiverged', 'TrainState', 'initialise',
            'train']
 
-# %% ../nbs/12_training.ipynb #bdc228af
+# %% ../nbs/12_training.ipynb #98863184
 import json
 import math
 import time
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .checkpoints import kind_of, save_network
 from .classifier import classifier_loss
@@ -31,7 +31,7 @@ from .diffusion import GaussianDiffusion, hybrid_loss, q_sample
 from .files import replacing
 from .noise import integers, normals
 
-# %% ../nbs/12_training.ipynb #ebd06fb2
+# %% ../nbs/12_training.ipynb #234b702b
 class Objective(Protocol):
     "What a network is trained to do."
 
@@ -49,6 +49,16 @@ def _noised(diffusion: GaussianDiffusion, images: Tensor, places: Tensor, seed: 
     return q_sample(diffusion, images, t, eps), t, eps
 
 
+def _denoising_losses(
+    diffusion: GaussianDiffusion, network: nn.Module, images: Tensor, labels: Tensor, places: Tensor, seed: int, **conditioning: Tensor,
+) -> dict[str, Tensor]:
+    "The hybrid loss of a network at uniform t; classes are told to a network that has them."
+    x_t, t, eps = _noised(diffusion, images, places, seed)
+    output = network(x_t, t, labels if network.config.classes is not None else None, **conditioning)
+    losses = hybrid_loss(diffusion, output.float(), images, x_t, t, eps)
+    return {"loss": losses.loss, "mse": losses.mse} | ({} if losses.vlb is None else {"vlb": losses.vlb})
+
+
 @dataclass(frozen=True)
 class DenoisingObjective:
     "The hybrid loss (Section 2.1; `DEVIATIONS.md` on its weight). Classes are used if the network has them."
@@ -56,10 +66,7 @@ class DenoisingObjective:
     diffusion: GaussianDiffusion
 
     def __call__(self, network: nn.Module, images: Tensor, labels: Tensor, places: Tensor, seed: int) -> dict[str, Tensor]:
-        x_t, t, eps = _noised(self.diffusion, images, places, seed)
-        output = network(x_t, t, labels if network.config.classes is not None else None)
-        losses = hybrid_loss(self.diffusion, output.float(), images, x_t, t, eps)
-        return {"loss": losses.loss, "mse": losses.mse} | ({} if losses.vlb is None else {"vlb": losses.vlb})
+        return _denoising_losses(self.diffusion, network, images, labels, places, seed)
 
     def settings(self) -> dict[str, Any]:
         return {"objective": "denoising", "diffusion": self.diffusion.settings()}
@@ -73,11 +80,8 @@ class UpsamplingObjective:
     low_size: int  # height and width of the small image
 
     def __call__(self, network: nn.Module, images: Tensor, labels: Tensor, places: Tensor, seed: int) -> dict[str, Tensor]:
-        x_t, t, eps = _noised(self.diffusion, images, places, seed)
         low_res = F.interpolate(images, (self.low_size, self.low_size), mode="area")
-        output = network(x_t, t, labels if network.config.classes is not None else None, low_res=low_res)
-        losses = hybrid_loss(self.diffusion, output.float(), images, x_t, t, eps)
-        return {"loss": losses.loss, "mse": losses.mse} | ({} if losses.vlb is None else {"vlb": losses.vlb})
+        return _denoising_losses(self.diffusion, network, images, labels, places, seed, low_res=low_res)
 
     def settings(self) -> dict[str, Any]:
         return {"objective": "upsampling", "low_size": self.low_size, "diffusion": self.diffusion.settings()}
