@@ -98,7 +98,7 @@ def metric(
     "One metric of a row, for each seed."
     return {record["seed"]: record["result"]["metrics"][name] for record in row}
 
-# %% ../nbs/18_reports.ipynb #005bcda5
+# %% ../nbs/18_reports.ipynb #a827a652
 CONFIRMED, INCONCLUSIVE, REVERSED = (f"smaller run: {word}" for word in ("effect confirmed", "inconclusive", "effect reversed"))
 AT_FULL_SIZE = {CONFIRMED: "reproduced", INCONCLUSIVE: "inconclusive", REVERSED: "not reproduced"}
 NOT_RUN = "not run"
@@ -140,11 +140,12 @@ class Effect:
         return number(interval.mean), f"{number(interval.low)} to {number(interval.high)}" if interval.count > 1 else ""
 
     def needed(self) -> str:
-        "How many seeds would decide an open sign."
+        "How many seeds would decide an open sign, and whether it looks like the other one."
         interval = self.interval()
         if interval is None or not interval.low <= 0 <= interval.high:
             return ""
-        return str(seeds_needed(interval) or "over 1000")
+        seeds = str(seeds_needed(interval) or "over 1000")
+        return seeds if math.copysign(1, interval.mean) == self.expected else f"{seeds}, against it"
 
 
 def paired(
@@ -161,7 +162,7 @@ def best_by_others(
     candidates: dict[Any, dict[int, float]],  # candidate -> its distance for each seed
 ) -> dict[int, Any]:  # seed -> the candidate with the smallest mean distance over the other seeds
     "Choose the best of several without looking at the seed that it is then measured on."
-    if not candidates:
+    if len(candidates) < 2:
         return {}
     seeds = set.intersection(*(set(values) for values in candidates.values()))
     return {seed: min(candidates, key=lambda c: sum(candidates[c][s] for s in seeds - {seed})) for seed in sorted(seeds)} if len(seeds) > 1 else {}
@@ -258,7 +259,7 @@ def provenance_table(records: dict[str, Record]) -> str:
             for (hardware, versions, commit), group in sorted(groups.items())]
     return markdown_table(["hardware", "versions", "commit", "jobs", "minutes of one job after another"], rows)
 
-# %% ../nbs/18_reports.ipynb #76e29152
+# %% ../nbs/18_reports.ipynb #e52b9d3c
 _PICTURE = re.compile(r"!\[([^\]]*)\]\(data:image/png;name=([\w.-]+);base64,([A-Za-z0-9+/=]+)\)")
 
 
@@ -300,6 +301,7 @@ def convert_report(
     options = dict(exclude_input=True, exclude_markdown=True, exclude_output_prompt=True)
     markdown, _ = MarkdownExporter(**options).from_notebook_node(notebook)
     body, _ = HTMLExporter(template_name="basic", **options).from_notebook_node(notebook)
+    body = re.sub(r' id="cell-id=[^"]*"', "", body)  # papermill's own cell has a random one
     page = Template(files("adm_repro").joinpath("report.html").read_text()).substitute(title=html.escape(title), body=body)
     text = _with_picture_files(markdown, folder)
     for name, content in (("README.md", text), ("index.html", page)):

@@ -49,7 +49,7 @@ def sizes() -> list[str]:
     "Names of the experiment files."
     return sorted(path.stem for path in (project_root() / "experiments").glob("*.toml"))
 
-# %% ../nbs/17_runs.ipynb #c3594e20
+# %% ../nbs/17_runs.ipynb #316232a6
 @dataclass(frozen=True)
 class Job:
     "One notebook to run once."
@@ -120,6 +120,8 @@ def parse_experiment(
             raise RunError(f"experiments/{size}.toml, {name}: seeds are set for all jobs at the top, seeds = [...]")
         if name in spec["rows"] and not template.get("tables"):
             raise RunError(f"experiments/{size}.toml, {name}: a row says which tables it belongs to, tables = [...]")
+        if unknown := sorted(set(template.get("tables", ())) - set(spec.get("sections", template.get("tables", ())))):
+            raise RunError(f"experiments/{size}.toml, {name}: no section {', '.join(unknown)}; sections are {', '.join(spec['sections'])}")
         for seed in [None] if template.get("once") else spec["seeds"]:
             job = _make_job(size, name, seed, template, spec.get("notebooks", {}), templates)
             jobs[job.id] = job
@@ -247,7 +249,7 @@ def resolved_parameters(experiment: Experiment, job: Job) -> dict[str, Any]:
     folders = {"run_dir", *job.needs}
     return {name: job.parameters.get(name, default) for name, default in defaults.items() if name not in folders}
 
-# %% ../nbs/17_runs.ipynb #4f3b567e
+# %% ../nbs/17_runs.ipynb #9d471971
 def write_result(
     run_dir: str | Path,  # "" writes nothing: a notebook that is run by hand
     **result: Any,  # JSON values; by convention metrics, images (PNG in base64), notes
@@ -362,8 +364,8 @@ def run_job(
     for parameter, id in job.needs.items():
         needed = job_folder(experiment, experiment.jobs[id])
         if read_record(needed) is None:
-            raise RunError(f"{job.id} needs {id}, which has not been run: adm-repro run {id} --size {job.size}, "
-                           f"or adm-repro reproduce --size {job.size} for everything")
+            raise RunError(f"{job.id} needs {id}, which has not been run: adm-repro reproduce {job.name} --size {job.size} "
+                           "runs a row with all that it needs")
         inputs[parameter] = needed
     with locked(folder):
         if not again and (record := read_record(folder)) is not None:  # another process was faster
