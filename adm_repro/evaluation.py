@@ -108,7 +108,7 @@ def measure_images(
             save_file(arrays, temporary, {"about": json.dumps(about)})
     return measured
 
-# %% ../nbs/17_evaluation.ipynb #38ca95af
+# %% ../nbs/17_evaluation.ipynb #aa4ebf70
 METRICS = ("inception_score", "frechet", "precision", "recall")  # what is measured by default; "kernel" is an extra
 PAPER_SAMPLES, PAPER_REFERENCE = 50_000, 10_000  # images behind the paper's numbers (Section 2.2, and the released reference batches)
 _TITLES = {"inception_score": "Inception Score", "fid": "FID", "sfid": "sFID", "fd_dinov2": "FD-DINOv2", "kd_dinov2": "KD-DINOv2"}
@@ -167,8 +167,6 @@ def _check_sources(reference: ImageSource, samples: ImageSource, space: FeatureS
         raise BadInput(f"{samples.name}: holds statistics but no images (arr_0)")
     if reference.count == 0 and from_images:
         raise BadInput(f"{reference.name}: holds statistics but no images (arr_0), which {', '.join(from_images)} need: leave these metrics out")
-    if reference.count and reference.shape != samples.shape:
-        raise BadInput(f"{samples.name}: images are {samples.shape}, those of the reference {reference.name} are {reference.shape}: they must have one size")
     for source in filter(lambda s: s.count, (reference, samples)):
         try:
             space.check(source.shape)
@@ -177,6 +175,8 @@ def _check_sources(reference: ImageSource, samples: ImageSource, space: FeatureS
         least = max([space.neighbours + 1] * bool(by_image) + [_SUBSET] * ("kernel" in by_image), default=2)
         if source.count < least:
             raise BadInput(f"{source.name}: holds {source.count} images, but {', '.join(space.metric_names[m] for m in by_image)} need at least {least}")
+    if reference.count and reference.shape != samples.shape:
+        raise BadInput(f"{samples.name}: images are {samples.shape}, those of the reference {reference.name} are {reference.shape}: they must have one size")
 
 
 def _warnings(reference: ImageSource, samples: ImageSource, space: FeatureSpace, frechet: list[str], by_image: list[str], stored: bool, splits: int) -> list[str]:
@@ -262,7 +262,7 @@ def _share(inside: np.ndarray, i: np.ndarray) -> float:
     "Precision or recall of redrawn images, with the manifolds as they are: repeated images would have radius zero."
     return float(inside[i].mean())
 
-# %% ../nbs/17_evaluation.ipynb #d32b1f84
+# %% ../nbs/17_evaluation.ipynb #31033abc
 def save_reference(
     images: str | Path | np.ndarray | ImageSource,  # the whole data set
     path: str | Path,  # the .npz file to write
@@ -296,7 +296,7 @@ def save_reference(
         arrays |= {f"mu{suffix}": measured.statistics[layer].mean, f"sigma{suffix}": measured.statistics[layer].covariance}
     about = {"count": source.count, "space": space.identity, "source": {"name": source.name, "sha256": source.digest()}, "seed": seed}
     with replacing(path) as temporary:
-        np.savez(temporary, **arrays, about=np.array(json.dumps(about)))
+        np.savez(temporary, **arrays, adm_repro=np.array(json.dumps(about)))
     return source.count
 
 # %% ../nbs/17_evaluation.ipynb #8629a1cb

@@ -73,7 +73,7 @@ def _check_images(name: str, shape: tuple[int, ...], dtype: np.dtype, first: Cal
     if (values := first()).max() <= 1 and values.size > 3000:
         raise BadInput(f"{name}: the first {len(values)} images hold only 0 and 1: images in 0..1 were cast to uint8; multiply by 255 before")
 
-# %% ../nbs/16_sources.ipynb #1e36438d
+# %% ../nbs/16_sources.ipynb #79ae1dc9
 def _array_source(name: str, images: np.ndarray, labels: np.ndarray | None = None) -> ImageSource:
     images = np.asarray(images)
     _check_images(name, images.shape, images.dtype, lambda: images[:16])
@@ -119,7 +119,7 @@ def _npz_source(path: Path) -> ImageSource:
                 with archive.open("arr_0.npy") as file:
                     shape, dtype = _npy_header(path, "arr_0", file)
         with np.load(path, allow_pickle=False) as arrays:
-            small = {key: arrays[key] for key in sorted(keys - {"arr_0"}) if key in ("arr_1", "about") or key.startswith(("mu", "sigma"))}
+            small = {key: arrays[key] for key in sorted(keys - {"arr_0"}) if key in ("arr_1", "adm_repro") or key.startswith(("mu", "sigma"))}
     except BadInput:
         raise
     except ValueError as error:
@@ -149,7 +149,7 @@ def _npz_source(path: Path) -> ImageSource:
         raise BadInput(f"{path}: {shape[0]} images but {len(labels)} labels (arr_1)")
     if labels is not None and (labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer)):
         labels = None  # one-hot or otherwise; labels are only used to warn
-    about = json.loads(str(small["about"])) if "about" in small else {}
+    about = json.loads(str(small["adm_repro"])) if "adm_repro" in small else {}
     statistics = {}
     for suffix in (key[2:] for key in keys if key.startswith("mu")):
         if f"sigma{suffix}" not in small:

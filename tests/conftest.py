@@ -36,3 +36,25 @@ def fill(network: torch.nn.Module) -> torch.nn.Module:
 @pytest.fixture(scope="session")
 def golden():
     return load_golden
+
+
+def inception_state():
+    """Weights of golden/inception.npz: convolutions and the classifier are scaled by sqrt(2), variances are 1 + |0.1 r|."""
+    state = {}
+    for key, shape in load_golden("inception.json").items():
+        value = golden_tensor(key, shape)
+        if key.endswith("num_batches_tracked"):
+            value = torch.zeros((), dtype=torch.long)
+        elif key.endswith("running_var"):
+            value = 1 + value.abs()
+        elif len(shape) >= 2:
+            value = value * 2**0.5
+        state[key] = value
+    return state
+
+
+@pytest.fixture(scope="session")
+def inception_weights(tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "inception.pth"
+    torch.save(inception_state(), path)
+    return path
