@@ -197,7 +197,7 @@ def report(size: str, quiet: bool) -> None:
     if not quiet:
         click.echo(f"{path} and README.md beside it")
 
-# %% ../nbs/21_cli.ipynb #a522f9c2
+# %% ../nbs/21_cli.ipynb #b93ebde7
 @contextlib.contextmanager
 def _one_line() -> Iterator[None]:
     "Bad input and files that are missing, damaged or in the way become a `RunError`."
@@ -213,6 +213,8 @@ def _feature_space(features: str, weights: Path | None, device: str) -> "Feature
     "The space that the options name; RunError if it cannot be had."
     from adm_repro.features import ClassifierSpace, FeatureNet, dinov2_space, inception_space
 
+    if features not in ("inception", "dinov2") and (weights or not Path(features).is_file()):
+        raise RunError(f'--features {features}: choose "inception", "dinov2" or a .safetensors file of train_features' + " (without --weights)" * bool(weights))
     try:
         if features in ("inception", "dinov2"):
             return {"inception": inception_space, "dinov2": dinov2_space}[features](weights, device)
@@ -234,9 +236,11 @@ def _device(device: str) -> str:
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
+        if torch.device(device).type not in ("cpu", "cuda"):
+            raise RuntimeError("choose cpu or cuda")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise RunError(f"device {device!r} cannot be used ({str(error).splitlines()[0]})") from error
+        raise RunError(f"device {device!r} cannot be used ({(str(error).splitlines() or ['no reason given'])[0]})") from error
     return device
 
 
@@ -258,15 +262,16 @@ def _space_options(command: Callable) -> Callable:
 @click.argument("samples", type=click.Path(path_type=Path))
 @_space_options
 @click.option("--json", "as_json", is_flag=True, help="One JSON object: metrics, counts, feature space with hash, settings, warnings.")
-@click.option("--interval", is_flag=True, help="95 % intervals: bootstrap over sample images (slow: one more distance per resample).")
+@click.option("--interval", is_flag=True, help="95 % intervals by bootstrap over images: of the samples, for recall of the reference, "
+              "with the manifolds held fixed; none for KID. Slow: a distance per resample.")
 @click.option("--resamples", default=50, show_default=True, type=click.IntRange(2), help="Bootstrap resamples of --interval.")
-@click.option("--distances", default="float16", show_default=True, type=click.Choice(["float16", "float32"]),
-              help="Of precision and recall; the original rounds to float16.")
+@click.option("--distances", type=click.Choice(["float16", "float32"]),
+              help="Of precision and recall. By default float16 as the original, and float32 for DINOv2.")
 @click.option("--only", multiple=True, type=click.Choice(["inception_score", "frechet", "precision", "recall", "kernel"]), help="Measure only this; may be repeated.")
 @click.option("--kernel", is_flag=True, help="Also the kernel distance (KID), which is not in the paper.")
 @click.option("--cache/--no-cache", default=True, show_default=True, help="Keep features below ADM_REPRO_CACHE, keyed by the content of the files.")
 def evaluate(reference: Path, samples: Path, features: str, weights: Path | None, device: str, batch_size: int, as_json: bool, interval: bool, resamples: int,
-             distances: str, only: tuple[str, ...], kernel: bool, cache: bool) -> None:
+             distances: str | None, only: tuple[str, ...], kernel: bool, cache: bool) -> None:
     """Compare SAMPLES with a REFERENCE batch: inception score, FID, sFID, precision, recall.
 
     Both are .npz files as the original's (arr_0: NHWC uint8), folders of PNG, or .zip archives. A reference that stores
@@ -277,10 +282,11 @@ def evaluate(reference: Path, samples: Path, features: str, weights: Path | None
         from adm_repro.files import cache_folder
         from adm_repro.sources import open_images
 
-        sources = open_images(reference), open_images(samples)
         device = _device(device)
-        result = measure(*sources, _feature_space(features, weights, device), (only or METRICS) + ("kernel",) * kernel, distances, batch_size=batch_size,
-                         resamples=resamples * interval, cache=cache_folder() / "features" if cache else None, device=device)
+        if features in ("inception", "dinov2"):  # their weights may have to be downloaded: look at the files first
+            reference, samples = open_images(reference), open_images(samples)
+        result = measure(reference, samples, _feature_space(features, weights, device), (only or METRICS) + ("kernel",) * kernel, distances,
+                         resamples=resamples * interval, cache=cache_folder() / "features" if cache else None, batch_size=batch_size)
     for warning in result.warnings:
         click.echo(f"warning: {warning}", err=True)
     click.echo(json.dumps(result.record(), indent=1) if as_json else "\n".join(result.lines()))
@@ -296,13 +302,15 @@ def evaluate(reference: Path, samples: Path, features: str, weights: Path | None
 def reference(images: Path, out: Path, features: str, weights: Path | None, device: str, batch_size: int, size: int | None, keep: int, seed: int) -> None:
     """Make a reference batch OUT.npz of a data set: statistics of all IMAGES, and some of them, in the original's format."""
     with _one_line():
-        from adm_repro.evaluation import save_reference
+        from adm_repro.evaluation import check_reference_path, save_reference
         from adm_repro.sources import open_images
 
-        source = open_images(images, size)
-        for warning in source.warnings:
+        check_reference_path(out)
+        space = _feature_space(features, weights, _device(device))
+        source = open_images(images, size, space.channels)
+        for warning in filter(None, (*source.warnings, space.doubt)):
             click.echo(f"warning: {warning}", err=True)
-        count = save_reference(source, out, _feature_space(features, weights, _device(device)), keep, seed, batch_size)
+        count = save_reference(source, out, space, keep, seed, batch_size)
     click.echo(f"{out}: statistics of {count} images, and {min(keep, count)} of them")
 
 # %% ../nbs/21_cli.ipynb #14344a2d

@@ -7,8 +7,8 @@ __all__ = ['INCEPTION_FILE', 'INCEPTION_URL', 'INCEPTION_SHA256', 'INCEPTION_GRA
            'weights_sha256', 'InceptionSpace', 'inception_file', 'inception_space', 'DinoSpace', 'dinov2_space',
            'FeatureConfig', 'FeatureNet', 'ClassifierSpace', 'accuracy']
 
-# %% ../nbs/11_features.ipynb #78f25c51
-import contextlib
+# %% ../nbs/11_features.ipynb #35471ba2
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 from .data import ImageDataset, to_float
 from .files import cache_folder, download, sha256, sha256_arrays
-from .inception import Inception, load_inception
+from .inception import Inception, full_float32, load_inception
 
-# %% ../nbs/11_features.ipynb #9f71f01d
+# %% ../nbs/11_features.ipynb #14bb2400
 class FeatureSpace(ABC):
     "What the metrics compare: layers of a network that looks at clean uint8 images."
 
@@ -36,7 +36,11 @@ class FeatureSpace(ABC):
     frechet_names: Mapping[str, str]  # layer -> what its Frechet distance is called
     metric_names: Mapping[str, str]  # "precision", "recall", "kernel", and "inception_score" if it has classes -> what they are called
     suffixes: Mapping[str, str]  # layer -> how its statistics are named in a reference file: mu + suffix, sigma + suffix
+    channels: int = 3  # of the images that it reads
     neighbours: int = 3  # that set a radius of precision and recall
+    distances: str = "float16"  # of precision and recall: as the original evaluator, or "float32"
+    device: str | torch.device = "cpu"  # where its network runs
+    doubt: str = ""  # why its metrics may not be what their names say
     in_papers: bool = True  # whether papers quote its metrics, always of 50,000 samples
 
     @property
@@ -75,28 +79,18 @@ def extract(
     space: FeatureSpace,
     batches: Iterable[np.ndarray],  # (n, H, W, C) uint8
 ) -> Iterator[dict[str, np.ndarray]]:  # layer -> (n, D) float32
-    "Features, batch by batch, in float32 without TF32."
+    "Features, batch by batch, in full float32."
     for batch in batches:
-        with torch.no_grad(), _full_float32():
-            yield {layer: f.numpy() for layer, f in space.layers(batch).items()}
-
-
-@contextlib.contextmanager
-def _full_float32() -> Iterator[None]:
-    "cuDNN rounds convolutions to TF32 by default, which would move every feature by about 1e-3."
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = before
+        with torch.no_grad(), full_float32():
+            layers = {layer: f.numpy() for layer, f in space.layers(batch).items()}
+        yield layers
 
 
 def weights_sha256(module: nn.Module) -> str:  # 64 hexadecimal digits
     "SHA-256 of a network's weights, whatever file they came from."
     return sha256_arrays({name: value.detach().cpu().numpy() for name, value in module.state_dict().items() if not name.endswith("num_batches_tracked")})
 
-# %% ../nbs/11_features.ipynb #293ee085
+# %% ../nbs/11_features.ipynb #d8df0872
 def _check_rgb(shape: tuple[int, ...], name: str) -> None:
     if len(shape) != 3 or shape[2] != 3:
         grey = ": repeat the grey channel three times (np.repeat(images, 3, axis=-1))" if shape[-1:] == (1,) else ""
@@ -109,9 +103,9 @@ class InceptionSpace(FeatureSpace):
     def __init__(
         self,
         net: Inception,  # folded, as `load_inception` returns it
-        sha256: str,  # of the weights
+        doubt: str = "",  # why its weights may not be the published ones
     ):
-        self.net, self.sha256 = net, sha256
+        self.net, self.sha256, self.device, self.doubt = net, net.weights_sha256, next(net.parameters()).device, doubt
         self.name = "inception-2015-12-05" if net.complete else "inception-2015-12-05-to-mixed-6e"
         self.lengths = {"pool": 2048 if net.complete else 768, "spatial": 2023}
         short = "" if net.complete else "768"
@@ -130,7 +124,8 @@ class InceptionSpace(FeatureSpace):
 
     @torch.no_grad()
     def probabilities(self, features: np.ndarray) -> np.ndarray:
-        return self.net.probabilities(torch.from_numpy(features).to(next(self.net.parameters()).device)).double().cpu().numpy()
+        with full_float32():
+            return self.net.probabilities(torch.from_numpy(features).to(self.device)).cpu().double().numpy()
 
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"  # the conversion published with torch-fidelity, 95,628,359 bytes
@@ -155,14 +150,17 @@ def inception_space(
     device: str | torch.device = "cpu",
 ) -> InceptionSpace:
     "The paper's feature space, or the part of it that the file holds; FileNotFoundError, ValueError, DownloadError."
-    net = load_inception(weights or inception_file(), device)
-    return InceptionSpace(net, net.weights_sha256)
+    path = Path(weights or inception_file())
+    net = load_inception(path, device)
+    doubt = f"{path.name} is not the published {INCEPTION_FILE}: what it measures is FID only if its weights are the same"
+    return InceptionSpace(net, doubt if net.complete and sha256(path) != INCEPTION_SHA256 else "")
 
-# %% ../nbs/11_features.ipynb #7ce58989
+# %% ../nbs/11_features.ipynb #ce89bd11
 class DinoSpace(FeatureSpace):
     "DINOv2's class token at 224 pixels, as in Stein et al. 2023; Frechet distance, precision and recall (k = 5)."
 
     neighbours = 5
+    distances = "float32"
     frechet_names: ClassVar = {"class_token": "fd_dinov2"}
     metric_names: ClassVar = {"precision": "precision_dinov2", "recall": "recall_dinov2", "kernel": "kd_dinov2"}
     suffixes: ClassVar = {"class_token": "_dinov2"}
@@ -173,12 +171,14 @@ class DinoSpace(FeatureSpace):
         name: str = "dinov2",
         device: str | torch.device = "cpu",
     ):
-        values = [value.numpy() for value in net.cpu().state_dict().values()]  # the library has renamed its weights before: values only
-        self.name, self.sha256 = name, sha256_arrays({sha256_arrays({"": value}): value for value in values})
+        self.name, self.device = name, device
         self.side, self.lengths = 16 * net.config.patch_size, {"class_token": net.config.hidden_size}
         positions = net.embeddings.position_embeddings
         if positions.shape[1] != 16 * 16 + 1:
             net.embeddings.position_embeddings = nn.Parameter(_resample_positions(positions.detach(), 16), requires_grad=False)
+        shape = {key: getattr(net.config, key) for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "patch_size", "hidden_act", "layer_norm_eps")}
+        values = {f"{i:04d}": value.numpy() for i, value in enumerate(net.cpu().state_dict().values())}  # the library has renamed its weights before
+        self.sha256 = sha256_arrays(values | {json.dumps(shape): np.zeros(0)})
         self.net = net.eval().requires_grad_(False).to(device)
 
     def check(self, shape: tuple[int, ...]) -> None:
@@ -188,7 +188,7 @@ class DinoSpace(FeatureSpace):
         resized = [np.asarray(Image.fromarray(image).resize((self.side, self.side), Image.Resampling.BICUBIC)) for image in images]
         mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
         x = ((to_float(np.stack(resized)) + 1) / 2 - mean) / std  # ImageNet's mean and standard deviation
-        return {"class_token": self.net(x.to(self.net.device)).last_hidden_state[:, 0].float().cpu()}
+        return {"class_token": self.net(x.to(self.device)).last_hidden_state[:, 0].cpu()}
 
 
 def _resample_positions(positions: Tensor, side: int) -> Tensor:
@@ -214,12 +214,13 @@ def dinov2_space(
         raise ValueError("DINOv2 features need transformers: pip install 'adm_repro[dinov2]'") from error
     source, options = (str(weights), {}) if weights else ("facebook/dinov2-large", {"revision": DINOV2_REVISION})
     try:
-        net = Dinov2Model.from_pretrained(source, **options)
+        net = Dinov2Model.from_pretrained(source, dtype=torch.float32, **options)
     except OSError as error:
-        raise ValueError(f"{source} cannot be loaded ({str(error).splitlines()[0]}): name a folder that holds a Dinov2Model") from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{source} cannot be loaded ({reason}): name a folder that holds a Dinov2Model") from error
     return DinoSpace(net, "dinov2-vitl14" if weights is None else f"dinov2-{Path(weights).name}", device)
 
-# %% ../nbs/11_features.ipynb #b55d3bac
+# %% ../nbs/11_features.ipynb #64621f01
 @dataclass(frozen=True)
 class FeatureConfig:
     "A clean-image classifier; ValueError if it cannot be built."
@@ -282,7 +283,7 @@ class ClassifierSpace(FeatureSpace):
         name: str = "classifier",  # e.g. "classifier of digits/train"
     ):
         self.net, self.name, self.sha256 = net.eval(), name, weights_sha256(net)
-        self.lengths = {"features": net.config.features}
+        self.lengths, self.channels, self.device = {"features": net.config.features}, net.config.in_channels, next(net.parameters()).device
 
     def check(self, shape: tuple[int, ...]) -> None:
         config = self.net.config
@@ -291,11 +292,12 @@ class ClassifierSpace(FeatureSpace):
             raise ValueError(f"this classifier measures images of shape {wanted}, got {shape}")
 
     def layers(self, images: np.ndarray) -> dict[str, Tensor]:
-        return {"features": self.net.features(to_float(images).to(next(self.net.parameters()).device)).cpu()}
+        return {"features": self.net.features(to_float(images).to(self.device)).cpu()}
 
     @torch.no_grad()
     def probabilities(self, features: np.ndarray) -> np.ndarray:
-        return self.net.head(torch.from_numpy(features).to(next(self.net.parameters()).device)).double().softmax(1).cpu().numpy()
+        with full_float32():
+            return self.net.head(torch.from_numpy(features).to(self.device)).cpu().double().softmax(1).numpy()
 
 
 def accuracy(

@@ -76,7 +76,7 @@ def sha256_arrays(
         digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
 
-# %% ../nbs/08_files.ipynb #ec4ed240
+# %% ../nbs/08_files.ipynb #28a3a8da
 def cache_folder() -> Path:
     "Where downloads and features are kept: `ADM_REPRO_CACHE`, or `adm_repro` in the user's cache folder."
     if chosen := os.environ.get("ADM_REPRO_CACHE"):
@@ -95,7 +95,7 @@ def _fetch(url: str, part: Path, timeout: float) -> None:
     try:
         response = urllib.request.urlopen(request, timeout=timeout)
     except urllib.error.HTTPError as error:
-        if error.code == 416:  # nothing is missing: the checksum decides
+        if error.code == 416 and have:  # the part is as long as the file, or longer: let the checksum decide, or begin again
             return
         raise
     with response, open(part, "ab") as file:
@@ -115,12 +115,14 @@ def _fetch(url: str, part: Path, timeout: float) -> None:
 def download(
     url: str,
     path: str | Path,  # the file to make
-    digest: str | None,  # its SHA-256; None if none was ever published
+    digest: str,  # its published SHA-256
     attempts: int = 3,  # a broken connection is continued
     timeout: float = 30,  # seconds without an answer
 ) -> Path:  # the file, whole and checked
     "Fetch a file once; DownloadError says how to go on if the server cannot be reached or sends something else."
     path = Path(path)
+    if path.exists():  # also in a shared folder that is read-only here
+        return path
     part = path.with_name(path.name + ".part")
     by_hand = f"download it by hand to {path}, or try again"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -135,7 +137,7 @@ def download(
                 refused = isinstance(error, urllib.error.HTTPError) and error.code < 500
                 if refused or attempt + 1 == attempts:
                     raise DownloadError(f"{url} could not be fetched ({error}): {by_hand}") from error
-        if digest is not None and (found := sha256(part)) != digest:
+        if (found := sha256(part)) != digest:
             part.unlink()
             raise DownloadError(f"{url} has SHA-256 {found}, not the published {digest}; it was thrown away: {by_hand}")
         os.replace(part, path)

@@ -27,7 +27,7 @@ def _check_features(name: str, features: np.ndarray, at_least: int = 2) -> np.nd
         raise ValueError(f"{name} has {int((~np.isfinite(features)).any(1).sum())} vectors with NaN or infinity")
     return features
 
-# %% ../nbs/14_metrics.ipynb #da7ee57d
+# %% ../nbs/14_metrics.ipynb #45abe35a
 @dataclass(frozen=True)
 class FeatureStatistics:
     "Mean and covariance of a set of feature vectors; ValueError if they do not fit each other or are not finite."
@@ -61,7 +61,7 @@ class StreamingStatistics:
         self._length = self._length or features.shape[1]
         if features.shape[1] != self._length:
             raise ValueError(f"features of length {features.shape[1]} do not fit those of length {self._length} before")
-        self._waiting.append(features)
+        self._waiting.append(features.copy())  # the caller may use its array again
         if sum(map(len, self._waiting)) >= self.BLOCK:
             self._flush()
 
@@ -121,7 +121,7 @@ def frechet_distance(
         raise ValueError(f"statistics of {len(a.mean)} and {len(b.mean)} features cannot be compared")
     return float(((a.mean - b.mean) ** 2).sum() + np.trace(a.covariance) + np.trace(b.covariance) - 2 * _trace_of_root(a, b))
 
-# %% ../nbs/14_metrics.ipynb #6de51b58
+# %% ../nbs/14_metrics.ipynb #94dbcfb4
 def _half_sum(x: Tensor) -> Tensor:
     "Sums of the rows of a float16 (n, D), added and rounded in the order of TensorFlow on a CPU."
     n, d = x.shape
@@ -159,10 +159,12 @@ def _doubled_products(u: Tensor, v: Tensor, half: bool) -> Tensor:
     return products.half() if half else products
 
 
-def _overflows_half(*sets: Tensor) -> bool:
-    "Whether float16 distances among these vectors could be infinite; the original then falls back to float32."
-    largest = max(float(torch.linalg.vector_norm(s, dim=1).max()) ** 2 for s in sets)
-    return 4 * largest > torch.finfo(torch.float16).max
+def _fits_half(u: Tensor, v: Tensor, block: int) -> bool:
+    "Whether all float16 distances between these vectors are finite; if one is not, the original takes float32."
+    if 4 * max(float(torch.linalg.vector_norm(s, dim=1).max()) ** 2 for s in (u, v)) < torch.finfo(torch.float16).max:
+        return True  # none can overflow
+    u, v = u.half().float().split(block), v.half().float().split(block)
+    return all(_squared_distances(_doubled_products(a, b, True), _norms(a, True), _norms(b, True)).isfinite().all() for a in u for b in v)
 
 
 def manifold_radii(
@@ -171,7 +173,10 @@ def manifold_radii(
     half: bool = True,  # float16 distances
     block: int = 2048,  # rows at a time
 ) -> Tensor:  # (N,) float32 squared distances
-    "Squared distance of each vector to its k-th nearest fellow."
+    "Squared distance of each vector to its k-th nearest fellow; in float32 if float16 overflows. ValueError for k or fewer vectors."
+    if not 1 <= k < len(features):
+        raise ValueError(f"the {k}-th nearest fellow of {len(features)} vectors does not exist")
+    half = half and _fits_half(features, features, block)
     features = features.half().float() if half else features
     blocks, norms = features.split(block), _norms(features, half).split(block)
     nearest = [features.new_full((len(b), k + 1), torch.inf) for b in blocks]
@@ -217,8 +222,10 @@ def in_manifolds(
                   for name, f in (("reference", reference), ("samples", samples)))
     if real.shape[1] != fake.shape[1]:
         raise ValueError(f"features of length {real.shape[1]} and {fake.shape[1]} cannot be compared")
-    half = distances == "float16" and not _overflows_half(real, fake)
-    (real_radii, real_norms), (fake_radii, fake_norms) = ((manifold_radii(f, k, half, block).split(block), _norms(f, half).split(block)) for f in (real, fake))
+    wanted = distances == "float16"
+    real_radii, fake_radii = (manifold_radii(f, k, wanted, block).split(block) for f in (real, fake))
+    half = wanted and _fits_half(real, fake, block)
+    real_norms, fake_norms = (_norms(f, half).split(block) for f in (real, fake))
     real, fake = ((f.half().float() if half else f).split(block) for f in (real, fake))
     real_in, fake_in = ([torch.zeros(len(b), dtype=torch.bool, device=b.device) for b in blocks] for blocks in (real, fake))
     for i, rows in enumerate(real):

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['BadInput', 'ImageSource', 'open_images']
 
-# %% ../nbs/16_sources.ipynb #3fdff8cf
-import functools
+# %% ../nbs/16_sources.ipynb #b202d8eb
 import hashlib
-import io
 import json
+import math
+import os
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +25,7 @@ from .data import IMAGE_SUFFIXES, center_crop
 from .files import sha256, sha256_arrays
 from .metrics import FeatureStatistics
 
-# %% ../nbs/16_sources.ipynb #894ea1dc
+# %% ../nbs/16_sources.ipynb #bfe19d45
 class BadInput(ValueError):
     "Images that cannot be measured; the message names the file and the remedy."
 
@@ -46,8 +46,10 @@ class ImageSource:
 
     @property
     def sorted_labels(self) -> bool:
-        "Whether images are known to be in the order of their classes."
-        return self.labels is not None and len(np.unique(self.labels)) > 1 and bool((np.diff(self.labels) >= 0).all())
+        "Whether images are known to come class after class."
+        if self.labels is None or (classes := len(np.unique(self.labels))) < 2 or classes == len(self.labels):
+            return False
+        return int((self.labels[1:] != self.labels[:-1]).sum()) == classes - 1
 
 
 def _check_images(name: str, shape: tuple[int, ...], dtype: np.dtype, first: Callable[[], np.ndarray]) -> None:
@@ -55,7 +57,8 @@ def _check_images(name: str, shape: tuple[int, ...], dtype: np.dtype, first: Cal
     if len(shape) != 4 or shape[3] not in (1, 3):
         if len(shape) == 4 and shape[1] in (1, 3):
             raise BadInput(f"{name}: shape {shape} has channels first: store np.transpose(images, (0, 2, 3, 1))")
-        raise BadInput(f"{name}: images must have shape (N, H, W, 3), got {shape}")
+        remedy = {3: ": if they are grey, store images[..., None].repeat(3, -1)", 4: ": store images[..., :3]" * (shape[-1:] == (4,))}.get(len(shape), "")
+        raise BadInput(f"{name}: images must have shape (N, H, W, 3), got {shape}{remedy}")
     if shape[0] < 2:
         raise BadInput(f"{name}: holds {shape[0]} image{'s' * (shape[0] != 1)}, and a covariance needs at least 2")
     if min(shape[1:3]) < 1:
@@ -69,11 +72,13 @@ def _check_images(name: str, shape: tuple[int, ...], dtype: np.dtype, first: Cal
             scale = {"x * 255": low >= 0 and high <= 1, "(x + 1) * 127.5": -1 <= low < 0 and high <= 1}
             expression = next((e for e, fits in scale.items() if fits), "x")
             message += f" in {low:.3g}..{high:.3g}: store np.clip({expression}, 0, 255).astype(np.uint8)"
+        else:
+            message += ": store images.astype(np.uint8) if their values are 0..255"
         raise BadInput(message)
-    if (values := first()).max() <= 1 and values.size > 3000:
+    if (values := first()).max() == 1 and values.size > 3000:
         raise BadInput(f"{name}: the first {len(values)} images hold only 0 and 1: images in 0..1 were cast to uint8; multiply by 255 before")
 
-# %% ../nbs/16_sources.ipynb #79ae1dc9
+# %% ../nbs/16_sources.ipynb #4dba7bee
 def _array_source(name: str, images: np.ndarray, labels: np.ndarray | None = None) -> ImageSource:
     images = np.asarray(images)
     _check_images(name, images.shape, images.dtype, lambda: images[:16])
@@ -82,9 +87,9 @@ def _array_source(name: str, images: np.ndarray, labels: np.ndarray | None = Non
 
     def read(batch_size: int) -> Iterator[np.ndarray]:
         for start in range(0, len(images), batch_size):
-            yield np.ascontiguousarray(images[start:start + batch_size])
+            yield np.array(images[start:start + batch_size], order="C")
 
-    return ImageSource(name, len(images), images.shape[1:], read, functools.cache(lambda: sha256_arrays({"images": images})), labels)
+    return ImageSource(name, len(images), images.shape[1:], read, lambda: sha256_arrays({"images": images}), labels)
 
 
 def _npy_header(path: Path, key: str, file: BinaryIO) -> tuple[tuple[int, ...], np.dtype]:
@@ -101,25 +106,32 @@ def _npy_header(path: Path, key: str, file: BinaryIO) -> tuple[tuple[int, ...], 
     return shape, dtype
 
 
-_BROKEN = (zipfile.BadZipFile, zlib.error, EOFError, OSError)
+_BROKEN = (zipfile.BadZipFile, zlib.error, EOFError, OSError, KeyError, NotImplementedError, RuntimeError)  # the last three: odd or encrypted archives
 
 
 def _broken(path: Path, error: Exception) -> BadInput:
-    return BadInput(f"{path} is damaged or not whole ({error}): copy or download it again")
+    return BadInput(f"{path} is damaged, not whole, or not a plain archive ({error}): copy or download it again")
+
+
+_SUFFIXES = ("", "_s", "_768", "_dinov2", "_classifier")  # of mu and sigma: pool, spatial, and those that only this library writes
 
 
 def _npz_source(path: Path) -> ImageSource:
     try:
         with zipfile.ZipFile(path) as archive:
             keys = {name.removesuffix(".npy") for name in archive.namelist()}
-            if not keys & {"arr_0", "mu"}:
+            if not keys & {"arr_0", *(f"mu{suffix}" for suffix in _SUFFIXES)}:
                 raise BadInput(f"{path}: has no arr_0 (images) and no mu (statistics); it holds {', '.join(sorted(keys)) or 'nothing'}")
             shape, dtype = (0, 0, 0, 0), np.dtype(np.uint8)
             if "arr_0" in keys:
                 with archive.open("arr_0.npy") as file:
                     shape, dtype = _npy_header(path, "arr_0", file)
+                    missing = file.tell() + math.prod(shape) * dtype.itemsize - archive.getinfo("arr_0.npy").file_size
+                if missing > 0:
+                    raise EOFError(f"{missing} bytes of {shape[0]} images are missing")
         with np.load(path, allow_pickle=False) as arrays:
-            small = {key: arrays[key] for key in sorted(keys - {"arr_0"}) if key in ("arr_1", "adm_repro") or key.startswith(("mu", "sigma"))}
+            wanted = {"arr_1", "adm_repro", *(f"{name}{suffix}" for suffix in _SUFFIXES for name in ("mu", "sigma"))}
+            small = {key: arrays[key] for key in sorted(keys & wanted)}
     except BadInput:
         raise
     except ValueError as error:
@@ -134,40 +146,44 @@ def _npz_source(path: Path) -> ImageSource:
                 for start in range(0, shape[0], batch_size):
                     batch = np.empty((min(batch_size, shape[0] - start), *shape[1:]), dtype)
                     room = memoryview(batch.reshape(-1)).cast("B")
-                    while room:
-                        if not (got := file.readinto(room)):
-                            raise EOFError(f"images end at {start} of {shape[0]}")
+                    while room and (got := file.readinto(room)):
                         room = room[got:]
+                    if room:
+                        raise EOFError(f"images end at {start} of {shape[0]}")
                     yield batch
         except _BROKEN as error:
             raise _broken(path, error) from error
 
     if "arr_0" in keys:
         _check_images(str(path), shape, dtype, lambda: next(read(16)))
-    labels = small.get("arr_1")
-    if labels is not None and len(labels) != shape[0]:
-        raise BadInput(f"{path}: {shape[0]} images but {len(labels)} labels (arr_1)")
+    labels = small.get("arr_1") if "arr_0" in keys else None
     if labels is not None and (labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer)):
         labels = None  # one-hot or otherwise; labels are only used to warn
-    about = json.loads(str(small["adm_repro"])) if "adm_repro" in small else {}
+    if labels is not None and len(labels) != shape[0]:
+        raise BadInput(f"{path}: {shape[0]} images but {len(labels)} labels (arr_1)")
+    try:
+        about = json.loads(str(small["adm_repro"])) if "adm_repro" in small else {}
+        about = about if {"space", "count"} <= set(about) else {}
+    except (ValueError, TypeError):
+        about = {}  # somebody else's array of that name
     statistics = {}
-    for suffix in (key[2:] for key in keys if key.startswith("mu")):
+    for suffix in (suffix for suffix in _SUFFIXES if f"mu{suffix}" in small):
         if f"sigma{suffix}" not in small:
             raise BadInput(f"{path}: has mu{suffix} but no sigma{suffix}")
         try:
             statistics[suffix] = FeatureStatistics(small[f"mu{suffix}"].astype(np.float64), small[f"sigma{suffix}"].astype(np.float64), about.get("count"))
         except ValueError as error:
             raise BadInput(f"{path}: mu{suffix} and sigma{suffix} are not statistics ({error})") from error
-    return ImageSource(str(path), shape[0], tuple(shape[1:]), read, functools.cache(lambda: sha256(path)), labels, statistics, about)
+    return ImageSource(str(path), shape[0], tuple(shape[1:]), read, lambda: sha256(path), labels, statistics, about)
 
-# %% ../nbs/16_sources.ipynb #46a3461a
+# %% ../nbs/16_sources.ipynb #70e1e26a
 _MODES = {"1", "L", "P", "RGB", "RGBA", "LA"}  # 8 bits or fewer per channel
 
 
 def _file_source(
     name: str,
     names: Sequence[str],  # of the image files, sorted
-    load: Callable[[str], bytes],  # may raise OSError, BadZipFile
+    open_file: Callable[[str], BinaryIO],
     digest: Callable[[], str],
     size: int | None,
     channels: int,
@@ -177,19 +193,18 @@ def _file_source(
 
     def decode(item: str) -> np.ndarray:
         try:
-            with Image.open(io.BytesIO(load(item))) as image:
-                if image.mode not in _MODES:
-                    raise BadInput(f"{name}: {item} has mode {image.mode}: store 8-bit grey or RGB images")
+            with open_file(item) as file, Image.open(file) as image:
                 converted = image.convert("RGB" if channels == 3 else "L")
                 array = center_crop(converted, size) if size else np.asarray(converted)
         except (UnidentifiedImageError, SyntaxError, Image.DecompressionBombError, *_BROKEN) as error:
             raise BadInput(f"{name}: {item} is not a readable image ({error}): remove or replace it") from error
         return array.reshape(*array.shape[:2], channels)
 
-    def look(item: str) -> tuple[tuple[int, int], str]:
+    def look(item: str) -> tuple[tuple[int, int], str, bool]:
+        "Size, mode and transparency, from the header."
         try:
-            with Image.open(io.BytesIO(load(item))) as image:
-                return image.size, image.mode
+            with open_file(item) as file, Image.open(file) as image:
+                return image.size, image.mode, image.has_transparency_data
         except (UnidentifiedImageError, SyntaxError, Image.DecompressionBombError, *_BROKEN) as error:
             raise BadInput(f"{name}: {item} is not a readable image ({error}): remove or replace it") from error
 
@@ -204,14 +219,17 @@ def _file_source(
                 yield np.stack([future.result() for future in futures])
 
     warnings = []
-    first_size, _ = look(names[0])
-    seen = {names[0]: look(names[0])} if size else {item: look(item) for item in names}
-    for item, (this, mode) in seen.items():
+    with ThreadPoolExecutor(4) as pool:
+        seen = list(zip(names, pool.map(look, names)))
+    first_size = seen[0][1][0]
+    for item, (this, mode, _) in seen:
         if mode not in _MODES:
             raise BadInput(f"{name}: {item} has mode {mode}: store 8-bit grey or RGB images")
-        if this != first_size:
+        if not size and this != first_size:
             raise BadInput(f"{name}: {item} is {this[0]}x{this[1]} but {names[0]} is {first_size[0]}x{first_size[1]}: images must have one size")
-    if any(mode in ("RGBA", "LA") for _, mode in seen.values()):
+    if channels == 1 and any(mode not in ("1", "L", "LA") for _, (_, mode, _) in seen):
+        warnings.append(f"{name}: colour images are turned to grey")
+    if any(transparent for _, (_, _, transparent) in seen):
         warnings.append(f"{name}: images have an alpha channel, which is dropped")
     if not size and any(item.lower().endswith((".jpg", ".jpeg")) for item in names):
         warnings.append(f"{name}: JPEG images: compression changes FID, by points at low quality; store PNG")
@@ -220,15 +238,17 @@ def _file_source(
     folders = [str(Path(item).parent) for item in names]
     labels = np.unique(folders, return_inverse=True)[1] if len(set(folders)) > 1 else None
     return ImageSource(name, len(names), shape, read,
-                       functools.cache(lambda: hashlib.sha256(f"{digest()} {size} {channels}".encode()).hexdigest()), labels, warnings=tuple(warnings))
+                       lambda: hashlib.sha256(f"{digest()} {size} {channels}".encode()).hexdigest(), labels, warnings=tuple(warnings))
 
 
 def _is_image(name: str) -> bool:
-    return Path(name).suffix.lower() in IMAGE_SUFFIXES and not Path(name).name.startswith((".", "__MACOSX"))
+    "By its suffix, and not among what editors and archivers hide."
+    return Path(name).suffix.lower() in IMAGE_SUFFIXES and not any(part.startswith((".", "__MACOSX")) for part in Path(name).parts)
 
 
 def _folder_source(path: Path, size: int | None, channels: int) -> ImageSource:
-    names = sorted(str(p.relative_to(path)) for p in path.rglob("*") if _is_image(p.name))
+    found = (os.path.relpath(os.path.join(folder, file), path) for folder, _, files in os.walk(path, followlinks=True) for file in files)
+    names = sorted(filter(_is_image, found))
 
     def digest() -> str:
         state = hashlib.sha256()
@@ -236,7 +256,7 @@ def _folder_source(path: Path, size: int | None, channels: int) -> ImageSource:
             state.update(f"{item} {sha256(path / item)}\n".encode())
         return state.hexdigest()
 
-    return _file_source(str(path), names, lambda item: (path / item).read_bytes(), digest, size, channels)
+    return _file_source(str(path), names, lambda item: open(path / item, "rb"), digest, size, channels)
 
 
 def _zip_source(path: Path, size: int | None, channels: int) -> ImageSource:
@@ -244,7 +264,7 @@ def _zip_source(path: Path, size: int | None, channels: int) -> ImageSource:
         archive = zipfile.ZipFile(path)  # stays open; reading from several threads is safe
     except _BROKEN as error:
         raise _broken(path, error) from error
-    return _file_source(str(path), sorted(filter(_is_image, archive.namelist())), archive.read, lambda: sha256(path), size, channels)
+    return _file_source(str(path), sorted(filter(_is_image, archive.namelist())), archive.open, lambda: sha256(path), size, channels)
 
 
 def open_images(
@@ -273,5 +293,7 @@ def open_images(
             except BadInput:
                 raise
             except (ValueError, *_BROKEN) as error:
+                if "allow_pickle" in str(error):
+                    raise BadInput(f"{path}: holds pickled objects, which are never loaded: store a plain uint8 array") from error
                 raise _broken(path, error) from error
     raise BadInput(f"{path} is none of .npz, .npy, .zip or a folder of images")

@@ -1,7 +1,7 @@
 """The evaluator against its peers: same numbers, how much faster. One thread, interleaved rounds, medians.
 
-    pip install torch-fidelity torchmetrics tensorflow-cpu     # the peers; those that are missing are left out
-    python benchmarks/evaluator.py --original PATH/TO/guided-diffusion --out benchmarks/results/evaluator.json
+    pip install torch-fidelity torchmetrics tensorflow-cpu transformers     # the peers; those that are missing are left out
+    python benchmarks/evaluator.py --original PATH/TO/guided-diffusion --dinov2 PATH/TO/dinov2 --out benchmarks/results/evaluator.json
     python benchmarks/evaluator.py --only memory --memory-images 50000    # writes a 39 GB batch to --scratch
 
 Features are synthetic, with the spectrum of a deep network's (eigenvalues ~ k^-1.2, non-negative); Inception has
@@ -31,16 +31,17 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import numpy as np
 import torch
+from PIL import Image
 from scipy import linalg
 
 from adm_repro.evaluation import evaluate, measure_images, save_reference
-from adm_repro.features import FeatureSpace, InceptionSpace
+from adm_repro.features import DinoSpace, FeatureSpace, InceptionSpace
 from adm_repro.inception import Inception, load_inception
 from adm_repro.metrics import feature_statistics, frechet_distance, inception_score, kernel_distance, precision_recall
 from adm_repro.runs import hardware
 from adm_repro.sources import open_images
 
-SECTIONS = ("frechet", "precision_recall", "inception", "kernel", "inception_score", "reference", "whole", "memory")
+SECTIONS = ("frechet", "precision_recall", "inception", "dinov2", "kernel", "inception_score", "reference", "whole", "memory")
 
 
 def torch_fidelity(module: str):
@@ -198,6 +199,39 @@ class Benchmark:
                     timed = interleaved(functions, self.options.rounds)
                 self.compare(f"Inception, {batch} images of {side} pixels", timed, lambda x, y: float((x - y).norm() / y.norm()), per=batch)
 
+    def dinov2(self) -> None:
+        """The class token of a small DINOv2 with random weights, ours and by the original's code."""
+        if not self.options.dinov2:
+            return
+        sys.path.insert(0, self.options.dinov2)
+        transformers, vit = (importlib.import_module(name) for name in ("transformers", "dinov2.models.vision_transformer"))
+        torch.manual_seed(0)
+        config = transformers.Dinov2Config(hidden_size=64, num_hidden_layers=3, num_attention_heads=4, image_size=518, patch_size=14)
+        net = transformers.Dinov2Model(config).eval()
+        for parameter in net.parameters():
+            torch.nn.init.normal_(parameter, std=0.2)
+        theirs = vit.DinoVisionTransformer(img_size=518, patch_size=14, embed_dim=64, depth=3, num_heads=4, init_values=1.0, block_chunks=0,
+                                           interpolate_antialias=False, interpolate_offset=0.1).eval()
+        state = net.state_dict()
+        for part in ("weight", "bias"):
+            for i in range(3):
+                names = [f"encoder.layer.{i}.attention.{x}_proj.{part}" for x in "qkv"]
+                state[f"blocks.{i}.attn.qkv.{part}"] = torch.cat([state.pop(name) for name in names])
+        for old, new in (("encoder.layer.", "blocks."), ("attention.o_proj", "attn.proj"), ("layer_scale1.lambda1", "ls1.gamma"), ("layer_scale2.lambda1", "ls2.gamma"),
+                         ("embeddings.patch_embeddings.projection", "patch_embed.proj"), ("embeddings.position_embeddings", "pos_embed"), ("embeddings.", ""),
+                         ("layernorm.", "norm.")):
+            state = {key.replace(old, new): value for key, value in state.items()}
+        theirs.load_state_dict(state)
+        images = np.random.default_rng(0).integers(0, 256, (4, 64, 64, 3), dtype=np.uint8)
+        resized = np.stack([np.asarray(Image.fromarray(image).resize((224, 224), Image.Resampling.BICUBIC)) for image in images])
+        x = torch.from_numpy((resized / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]).permute(0, 3, 1, 2).float()
+        with torch.no_grad():
+            expected, library = theirs(x), net(x).last_hidden_state[:, 0]
+            ours = DinoSpace(net).layers(images)["class_token"]
+        for who, found in (("adm_repro", ours), ("transformers as it is", library)):
+            self.note({"what": "DINOv2's class token against the original code, share of its spread", "who": who,
+                       "difference": float((found - expected).abs().max() / expected.std())})
+
     def kernel(self) -> None:
         a, b = synthetic(2000, 1), synthetic(2000, 2, 0.05)
         functions = {"adm_repro": lambda: kernel_distance(a, b, 2000, 1)[0]}
@@ -244,7 +278,7 @@ class Benchmark:
             self.network(weights)
             net = load_inception(weights)
             images = np.random.default_rng(0).integers(0, 256, (24, 32, 32, 3), dtype=np.uint8)
-            save_reference(images, path, InceptionSpace(net, net.weights_sha256), keep=16)
+            save_reference(images, path, InceptionSpace(net), keep=16)
             with module.open_npz_array(str(path), "arr_0") as reader:
                 stored = np.concatenate(list(reader.read_batches(5)))
             pool, spatial = module.Evaluator.read_statistics(None, str(path), None)
@@ -256,7 +290,7 @@ class Benchmark:
     def whole(self) -> None:
         n = 10_000
         torch.manual_seed(0)
-        net = Inception().fold()
+        net = Inception(weights_sha256="0" * 64).fold()
         known = {}
 
         class Known(InceptionSpace):
@@ -266,7 +300,7 @@ class Benchmark:
                 i = images[:, 0, 0].astype(np.int64) @ [1, 256, 65536]
                 return {"pool": torch.from_numpy(known["pool"][i]), "spatial": torch.from_numpy(known["spatial"][i])}
 
-        space = Known(net, "0" * 64)
+        space = Known(net)
         numbers = np.arange(n)
         images = np.zeros((n, 8, 8, 3), np.uint8) + np.stack([numbers % 256, numbers // 256, 0 * numbers], 1)[:, None, None].astype(np.uint8)
         sources = [images, np.concatenate([images[:, :, :, :2], images[:, :, :, 2:] + 0], 3)]
@@ -330,6 +364,7 @@ def memory_child(path: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--original", help="a checkout of openai/guided-diffusion")
+    parser.add_argument("--dinov2", help="a checkout of facebookresearch/dinov2")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--count", type=int, default=10_000, help="images of the precision and recall comparison")
     parser.add_argument("--only", nargs="*", choices=SECTIONS, default=[s for s in SECTIONS if s != "memory"])

@@ -14,6 +14,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from conftest import inception_state
+from PIL import Image
 
 from adm_repro import features
 from adm_repro.cli import main
@@ -66,9 +67,10 @@ def test_command_line_prints_the_originals_lines(batches, inception_weights, tmp
     result = adm("evaluate", batches / "reference.npz", batches / "samples.npz", "--weights", inception_weights)
     assert result.exit_code == 0, result.output
     counts, *lines = result.stdout.splitlines()
-    assert counts.startswith("Samples: 10 (reference: statistics of its images, 12 images; features: inception-2015-12-05")
+    assert counts == "Samples: 10 (reference: 12 images; fid and sfid: statistics of 12 images; features: inception-2015-12-05)"
     assert [line.split(":")[0] for line in lines] == ["Inception Score", "FID", "sFID", "Precision", "Recall"]
-    assert "too few for 2048 features" in result.stderr and len(list(tmp_path.rglob("*.safetensors"))) == 2
+    assert "10 samples are too few for fid: with 2048 features" in result.stderr and "is not the published weights-inception" in result.stderr
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 2
     again = adm("evaluate", batches / "reference.npz", batches / "samples.npz", "--weights", inception_weights, "--json", "--interval", "--resamples", 2)
     record = json.loads(again.stdout)
     assert [f"{value}" for value in record["metrics"].values()] == [line.split(": ")[1] for line in lines]
@@ -98,7 +100,65 @@ def test_a_reference_batch_of_ones_own(batches, space, tmp_path):
     stored = evaluate(path, batches / "samples.npz", space)
     direct = evaluate(batches / "reference.npz", batches / "samples.npz", space)
     assert stored.metrics["fid"] == pytest.approx(direct.metrics["fid"], rel=1e-9)
-    assert stored.reference_statistics == "stored in the file" and stored.reference_images == 8
+    assert stored.reference_statistics == {"fid": "stored (of 12 images)", "sfid": "stored (of 12 images)"} and stored.reference_images == 8
+    assert evaluate(batches / "samples.npz", path, space, ("frechet",)).warnings[-1].startswith(f"{path} stores statistics")  # the original uses them, too
+
+
+def test_reference_command(batches, tmp_path, inception_weights):
+    arguments = ("reference", batches / "reference.npz", tmp_path / "mine.npz", "--weights", inception_weights, "--keep", 5)
+    result = adm(*arguments)
+    assert result.exit_code == 0 and result.stdout == f"{tmp_path / 'mine.npz'}: statistics of 12 images, and 5 of them\n", result.output
+    with np.load(tmp_path / "mine.npz") as arrays:
+        assert arrays["arr_0"].shape == (5, 32, 32, 3)
+    again = adm(*arguments)
+    assert again.exit_code == 2 and "exists: remove it" in again.output
+    for name in ("mine.npy", "no/such.npz"):
+        (tmp_path / "no").write_bytes(b"")
+        assert adm("reference", batches / "reference.npz", tmp_path / name, "--weights", inception_weights).exit_code == 2
+
+
+def test_statistics_of_other_weights_are_refused(batches, space, tmp_path):
+    save_reference(batches / "reference.npz", tmp_path / "mine.npz", space)
+    state = inception_state()
+    state["fc.weight"] = state["fc.weight"] * 1.01
+    torch.save(state, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match="make the reference again"):
+        evaluate(tmp_path / "mine.npz", batches / "samples.npz", inception_space(tmp_path / "other.pth"))
+    part = {k: v.numpy() for k, v in inception_state().items() if not k.startswith(("Mixed_7", "fc")) and "tracked" not in k}
+    np.savez(tmp_path / "part.npz", **part)  # the part up to Mixed_6e takes the spatial statistics, and only them
+    mixed = evaluate(tmp_path / "mine.npz", batches / "samples.npz", inception_space(tmp_path / "part.npz"), ("frechet",))
+    assert mixed.reference_statistics == {"fid768": "of 12 images", "sfid": "stored (of 12 images)"}
+    whole = evaluate(batches / "reference.npz", batches / "samples.npz", space, ("frechet",))
+    assert mixed.metrics["sfid"] == pytest.approx(whole.metrics["sfid"], rel=1e-4)
+
+
+class Pixels(FeatureSpace):
+    """A space without a network: mean colours of the quarters of an image."""
+
+    name, sha256, in_papers = "pixels", "0" * 64, False
+    lengths, frechet_names, suffixes = {"mean": 12}, {"mean": "d"}, {}
+    metric_names = {"precision": "precision", "kernel": "kernel_distance"}
+
+    def check(self, shape):
+        pass
+
+    def layers(self, images):
+        n, h, w, _ = images.shape
+        means = images.reshape(n, 2, h // 2, 2, w // 2, 3).astype("float32").mean((2, 4)) / 64
+        return {"mean": torch.from_numpy(means.reshape(n, 12))}
+
+
+def test_the_kernel_distance_is_an_extra(tmp_path):
+    rng = np.random.default_rng(0)
+    near, far = (rng.integers(low, 256, (1000, 8, 8, 3), dtype=np.uint8) for low in (0, 60))
+    result = evaluate(near, near[::-1].copy(), Pixels(), ("kernel",), cache=tmp_path)
+    assert list(result.metrics) == ["kernel_distance"] and not result.warnings
+    assert abs(result.metrics["kernel_distance"]) < 0.01 * evaluate(near, far, Pixels(), ("kernel",)).metrics["kernel_distance"]
+    with pytest.raises(ValueError, match="999 images, but kernel_distance need at least 1000"):
+        evaluate(near[1:], far, Pixels(), ("kernel",))
+    assert list(evaluate(near, far, Pixels()).metrics) == ["d", "precision"]  # it has neither recall nor classes
+    with pytest.raises(ValueError, match="pixels has none of recall"):
+        evaluate(near, far, Pixels(), ("recall",))
 
 
 def test_statistics_alone_give_frechet_distances(batches, space, tmp_path):
@@ -146,7 +206,7 @@ def test_a_damaged_file_is_named(damage, tmp_path, inception_weights):
     whole = (tmp_path / "good.npz").read_bytes()
     (tmp_path / "bad.npz").write_bytes(whole[:-50] if damage == "cut" else whole[:5000] + bytes(9) + whole[5009:])
     result = adm("evaluate", tmp_path / "good.npz", tmp_path / "bad.npz", "--weights", inception_weights, "--no-cache")
-    assert result.exit_code == 2 and "bad.npz is damaged or not whole" in result.output and "Traceback" not in result.output
+    assert result.exit_code == 2 and "bad.npz is damaged, not whole" in result.output and "Traceback" not in result.output
 
 
 def test_weights_are_downloaded_once_checked_and_kept(inception_weights, tmp_path, monkeypatch):
@@ -187,8 +247,6 @@ def test_sorted_labels_and_jpeg_are_warned_about(space, tmp_path):
     one_split = evaluate(IMAGES, tmp_path / "sorted.npz", space, ("inception_score",))
     two_splits = evaluate(IMAGES, tmp_path / "sorted.npz", space, ("inception_score",), split_size=5)
     assert not any("sorted" in w for w in one_split.warnings) and any("sorted by class" in w for w in two_splits.warnings)
-    from PIL import Image
-
     (tmp_path / "photos").mkdir()
     for i, image in enumerate(IMAGES):
         Image.fromarray(image).save(tmp_path / "photos" / f"{i}.jpg")
@@ -233,12 +291,13 @@ def test_dinov2_through_transformers():
     assert list(result.metrics) == ["fd_dinov2", "precision_dinov2", "recall_dinov2"]
     assert abs(result.metrics["fd_dinov2"]) < 1e-4 and result.metrics["precision_dinov2"] == 1.0
     assert result.lines()[1].startswith("FD-DINOv2: ")
-    pixels = torch.full((1, 3, 224, 224), 0.5)  # a grey image: after the mean and standard deviation of ImageNet
-    pixels = (pixels * 255).round() / 255
-    normal = (pixels - torch.tensor([0.485, 0.456, 0.406])[:, None, None]) / torch.tensor([0.229, 0.224, 0.225])[:, None, None]
-    expected = space.net(normal).last_hidden_state[:, 0]
-    found = space.layers(np.full((1, 100, 100, 3), round(0.5 * 255), np.uint8))["class_token"]
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    resized = np.stack([np.asarray(Image.fromarray(image).resize((224, 224), Image.Resampling.BICUBIC)) for image in IMAGES])
+    normal = (resized / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]  # ImageNet's mean and standard deviation
+    expected = space.net(torch.from_numpy(normal).permute(0, 3, 1, 2).float()).last_hidden_state[:, 0]
+    torch.testing.assert_close(space.layers(IMAGES)["class_token"], expected, rtol=1e-4, atol=1e-4)
+    other = transformers.Dinov2Model(transformers.Dinov2Config(**{**config.to_dict(), "num_attention_heads": 4, "image_size": 224}))
+    other.load_state_dict(space.net.state_dict())
+    assert DinoSpace(space.net).sha256 == space.sha256 != DinoSpace(other).sha256
 
 
 RELEASED_BATCHES = [  # printed by the original's README (256) and by a re-evaluation with its evaluator (128)
