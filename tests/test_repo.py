@@ -142,3 +142,20 @@ def test_readme_commands_exist():
 
 def test_ruff_is_clean():
     subprocess.run([sys.executable, "-m", "ruff", "check", "--no-cache", "."], cwd=ROOT, check=True)
+
+
+def test_benchmark_numbers_in_the_readme_are_the_recorded_ones():
+    results = json.loads((ROOT / "benchmarks" / "results" / "evaluator.json").read_text())
+    readme = (ROOT / "README.md").read_text()
+
+    def recorded(section, what, who, key="seconds"):
+        return next(row[key] for row in results[section]["rows"] if row["what"].startswith(what) and row["who"] == who)
+
+    for section, what in (("frechet", "Frechet"), ("precision_recall", "precision"), ("inception", "Inception, 64")):
+        key, unit, digits = ("images_per_second", "images/s", 1) if section == "inception" else ("seconds", "s", 3)
+        values = [recorded(section, what, who, key) for who in ("adm_repro", "original evaluator", "torch-fidelity") if (section, who) != ("inception", "original evaluator")]
+        shown = [f"{value:.{digits}f} {unit}" if section == "inception" else f"{value:#.3g} {unit}" for value in values]
+        row = next(line for line in readme.splitlines() if line.startswith(f"| {what.split(',')[0]}"))
+        assert all(text in row for text in shown), (row, shown)
+    whole = recorded("whole", "five metrics", "adm_repro")
+    assert f"features cached | {whole:#.3g} s |" in readme
