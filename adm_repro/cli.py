@@ -197,7 +197,7 @@ def report(size: str, quiet: bool) -> None:
     if not quiet:
         click.echo(f"{path} and README.md beside it")
 
-# %% ../nbs/21_cli.ipynb #b93ebde7
+# %% ../nbs/21_cli.ipynb #201e88ca
 @contextlib.contextmanager
 def _one_line() -> Iterator[None]:
     "Bad input and files that are missing, damaged or in the way become a `RunError`."
@@ -237,10 +237,10 @@ def _device(device: str) -> str:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         if torch.device(device).type not in ("cpu", "cuda"):
-            raise RuntimeError("choose cpu or cuda")
+            raise RuntimeError
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise RunError(f"device {device!r} cannot be used ({(str(error).splitlines() or ['no reason given'])[0]})") from error
+        raise RunError(f"device {device!r} cannot be used here: choose cpu" + " or cuda" * torch.cuda.is_available()) from error
     return device
 
 
@@ -262,22 +262,23 @@ def _space_options(command: Callable) -> Callable:
 @click.argument("samples", type=click.Path(path_type=Path))
 @_space_options
 @click.option("--json", "as_json", is_flag=True, help="One JSON object: metrics, counts, feature space with hash, settings, warnings.")
-@click.option("--interval", is_flag=True, help="95 % intervals by bootstrap over images: of the samples, for recall of the reference, "
-              "with the manifolds held fixed; none for KID. Slow: a distance per resample.")
-@click.option("--resamples", default=50, show_default=True, type=click.IntRange(2), help="Bootstrap resamples of --interval.")
+@click.option("--interval", is_flag=True, help="95 % intervals: how far the numbers would move with other images of the same count (bootstrap). "
+              "None for KID. Slow: a distance per resample.")
+@click.option("--resamples", type=click.IntRange(10), help="Bootstrap resamples; implies --interval.  [default: 50]")
 @click.option("--distances", type=click.Choice(["float16", "float32"]),
               help="Of precision and recall. By default float16 as the original, and float32 for DINOv2.")
-@click.option("--only", multiple=True, type=click.Choice(["inception_score", "frechet", "precision", "recall", "kernel"]), help="Measure only this; may be repeated.")
+@click.option("--only", multiple=True, type=click.Choice(["inception_score", "frechet", "fid", "sfid", "precision", "recall", "kernel"]),
+              help="Measure only this; may be repeated. frechet stands for all Frechet distances of the feature space.")
 @click.option("--kernel", is_flag=True, help="Also the kernel distance (KID), which is not in the paper.")
 @click.option("--cache/--no-cache", default=True, show_default=True, help="Keep features below ADM_REPRO_CACHE, keyed by the content of the files.")
-def evaluate(reference: Path, samples: Path, features: str, weights: Path | None, device: str, batch_size: int, as_json: bool, interval: bool, resamples: int,
+def evaluate(reference: Path, samples: Path, features: str, weights: Path | None, device: str, batch_size: int, as_json: bool, interval: bool, resamples: int | None,
              distances: str | None, only: tuple[str, ...], kernel: bool, cache: bool) -> None:
     """Compare SAMPLES with a REFERENCE batch: inception score, FID, sFID, precision, recall.
 
-    Both are .npz files as the original's (arr_0: NHWC uint8), folders of PNG, or .zip archives. A reference that stores
+    Both are .npz files as the original's (arr_0: NHWC uint8), .npy files, folders of image files, or .zip archives of them. A reference that stores
     mu, sigma, mu_s, sigma_s gives these to FID and sFID, and its images to precision and recall."""
     with _one_line():
-        from adm_repro.evaluation import METRICS
+        from adm_repro.evaluation import METRICS, check_one_size
         from adm_repro.evaluation import evaluate as measure
         from adm_repro.files import cache_folder
         from adm_repro.sources import open_images
@@ -285,8 +286,9 @@ def evaluate(reference: Path, samples: Path, features: str, weights: Path | None
         device = _device(device)
         if features in ("inception", "dinov2"):  # their weights may have to be downloaded: look at the files first
             reference, samples = open_images(reference), open_images(samples)
+            check_one_size(reference, samples)
         result = measure(reference, samples, _feature_space(features, weights, device), (only or METRICS) + ("kernel",) * kernel, distances,
-                         resamples=resamples * interval, cache=cache_folder() / "features" if cache else None, batch_size=batch_size)
+                         resamples=resamples or 50 * interval, cache=cache_folder() / "features" if cache else None, batch_size=batch_size)
     for warning in result.warnings:
         click.echo(f"warning: {warning}", err=True)
     click.echo(json.dumps(result.record(), indent=1) if as_json else "\n".join(result.lines()))
@@ -306,8 +308,9 @@ def reference(images: Path, out: Path, features: str, weights: Path | None, devi
         from adm_repro.sources import open_images
 
         check_reference_path(out)
+        grey = features not in ("inception", "dinov2") and _feature_space(features, weights, "cpu").channels == 1
+        source = open_images(images, size, 1 if grey else 3)
         space = _feature_space(features, weights, _device(device))
-        source = open_images(images, size, space.channels)
         for warning in filter(None, (*source.warnings, space.doubt)):
             click.echo(f"warning: {warning}", err=True)
         count = save_reference(source, out, space, keep, seed, batch_size)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'PAPER_SAMPLES', 'PAPER_REFERENCE', 'MeasuredSet', 'check_writable', 'measure_images', 'Evaluation',
-           'evaluate', 'save_reference', 'check_reference_path', 'target_probability', 'guide_probability']
+           'check_one_size', 'evaluate', 'save_reference', 'check_reference_path', 'target_probability',
+           'guide_probability']
 
 # %% ../nbs/17_evaluation.ipynb #f1d8fd04
 import json
@@ -40,7 +41,7 @@ from adm_repro.metrics import (
 )
 from .sources import BadInput, ImageSource, open_images
 
-# %% ../nbs/17_evaluation.ipynb #8d79ec68
+# %% ../nbs/17_evaluation.ipynb #9b303231
 @dataclass(frozen=True)
 class MeasuredSet:
     "What is known about a set of images in a feature space."
@@ -64,7 +65,7 @@ def check_writable(
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise BadInput(f"{folder} cannot be written ({error.strerror}): choose another folder (features are kept below ADM_REPRO_CACHE)") from error
+        raise BadInput(f"{folder} cannot be written ({error.strerror}): choose another folder (ADM_REPRO_CACHE for downloads and features)") from error
 
 
 def _from_cache(path: Path, keep: Collection[str]) -> MeasuredSet | None:
@@ -96,8 +97,6 @@ def measure_images(
     except ValueError as error:
         raise BadInput(f"{source.name}: {error}") from error
     path = _cache_path(Path(cache), space, digest or source.digest()) if cache is not None else None
-    if path is not None:
-        check_writable(path)
     found = _from_cache(path, keep) if path and (score is None or keep) else None
     if found is not None:
         if score is not None:
@@ -105,6 +104,8 @@ def measure_images(
             for start in range(0, len(main), 512):
                 score.update(space.probabilities(main[start:start + 512]))
         return found
+    if path is not None:
+        check_writable(path)
     streaming: dict[str, StreamingStatistics] = {}
     kept: dict[str, list[np.ndarray]] = {layer: [] for layer in keep}
     with tqdm(total=source.count, desc=Path(source.name).name, unit="image", disable=None) as bar:
@@ -126,12 +127,13 @@ def measure_images(
         try:
             with replacing(path) as temporary:
                 save_file(arrays, temporary, {"about": json.dumps(about)})
+                temporary.chmod(0o644)  # a cache may be shared
         except (OSError, SafetensorError) as error:  # the disk is full; the result is not lost
             warnings.warn(f"features were not kept in {path}: {error}", stacklevel=2)
     return measured
 
-# %% ../nbs/17_evaluation.ipynb #f4375191
-METRICS = ("inception_score", "frechet", "precision", "recall")  # what is measured by default; "kernel" is an extra
+# %% ../nbs/17_evaluation.ipynb #455eb27f
+METRICS = ("inception_score", "frechet", "precision", "recall")  # what is measured by default; "kernel" is an extra, and "frechet" all of e.g. "fid", "sfid"
 PAPER_SAMPLES, PAPER_REFERENCE = 50_000, 10_000  # images behind the paper's numbers (Section 2.2, and the released reference batches)
 _TITLES = {"inception_score": "Inception Score", "fid": "FID", "sfid": "sFID", "fd_dinov2": "FD-DINOv2", "kd_dinov2": "KD-DINOv2"}
 
@@ -196,24 +198,31 @@ def _check_sources(reference: ImageSource, samples: ImageSource, space: FeatureS
             space.check(source.shape)
         except ValueError as error:
             raise BadInput(f"{source.name}: {error}") from error
-        least = max([space.neighbours + 1] * bool(by_image) + [_SUBSET] * ("kernel" in by_image), default=2)
-        if source.count < least:
-            raise BadInput(f"{source.name}: holds {source.count} images, but {', '.join(space.metric_names[m] for m in by_image)} need at least {least}")
-    if reference.count and reference.shape != samples.shape:
+        for metric in by_image:
+            if source.count < (least := _SUBSET if metric == "kernel" else space.neighbours + 1):
+                raise BadInput(f"{source.name}: holds {source.count} images, but {space.metric_names[metric]} needs at least {least}")
+    check_one_size(reference, samples)
+
+
+def check_one_size(
+    reference: ImageSource,
+    samples: ImageSource,
+) -> None:
+    "BadInput if the images of two sources have different sizes."
+    if reference.count and samples.count and reference.shape[:2] != samples.shape[:2]:
         raise BadInput(f"{samples.name}: images are {samples.shape}, those of the reference {reference.name} are {reference.shape}: they must have one size")
 
 
-def _warnings(reference: ImageSource, samples: ImageSource, space: FeatureSpace, frechet: dict[str, str], by_image: list[str], stored: Collection[str],
-              splits: int) -> list[str]:
+def _warnings(reference: ImageSource, samples: ImageSource, space: FeatureSpace, frechet: dict[str, str], by_image: list[str],
+              stored: dict[str, FeatureStatistics], splits: int) -> list[str]:
     "What limits the meaning of the numbers, before they are computed."
     found, n = [*reference.warnings, *samples.warnings, *([space.doubt] if space.doubt else [])], samples.count
-    few = []
-    for layer, name in frechet.items():
-        for what, count in (("samples", n), ("reference images", None if layer in stored else reference.count)):
-            if count is not None and count <= space.lengths[layer]:
-                few.append(name)
-                found.append(f"{count} {what} are too few for {name}: with {space.lengths[layer]} features the covariance has no full rank, "
-                             "and the number mostly measures the count")
+    few: set[str] = set()
+    for what, counts in (("samples", dict.fromkeys(frechet, n)), ("reference images", {x: stored[x].count if x in stored else reference.count for x in frechet})):
+        if names := [f"{name} ({space.lengths[x]} features)" for x, name in frechet.items() if counts[x] is not None and counts[x] <= space.lengths[x]]:
+            few.update(frechet.values())
+            found.append(f"{min(c for c in counts.values() if c)} {what} are too few for {' and '.join(names)}: the covariance has no full rank, "
+                         "and the number mostly measures the count")
     usual = [name for name in frechet.values() if name not in few]
     if usual and space.in_papers and n < PAPER_SAMPLES:
         found.append(f"{' and '.join(usual)} of {n} samples come out higher than of the {PAPER_SAMPLES} that papers use: compare equal counts only")
@@ -222,6 +231,13 @@ def _warnings(reference: ImageSource, samples: ImageSource, space: FeatureSpace,
                      "where papers use a whole training set")
     if {"precision", "recall"} & set(by_image) and space.in_papers and reference.count != PAPER_REFERENCE:
         found.append(f"precision and recall depend on the number of reference images: {reference.count} here, {PAPER_REFERENCE} in the released batches")
+    if splits and space.in_papers and n < PAPER_SAMPLES:
+        found.append(f"the inception score of {n} samples is lower than of {PAPER_SAMPLES}, above all below one split of 5000")
+    if "recall" in by_image and space.in_papers and n < PAPER_SAMPLES:
+        found.append(f"recall depends on the number of samples, too: {n} here, {PAPER_SAMPLES} in papers")
+    made_by = reference.about.get("space")
+    if stored and made_by and made_by["sha256"] != space.sha256:
+        found.append(f"{reference.name}: its statistics were made with the weights {made_by['sha256'][:12]} of {made_by['name']}, the samples' features with {space.sha256[:12]}")
     if splits > 1 and samples.sorted_labels:
         found.append("the samples are sorted by class: each split of the inception score sees few classes, and the score is far too low; shuffle them")
     return found
@@ -243,12 +259,16 @@ def evaluate(
     batch_size: int = 64,
 ) -> Evaluation:
     "Measure samples against a reference, as ADM's evaluator does; BadInput, before anything is computed where possible."
-    if unknown := set(metrics) - {*METRICS, "kernel"}:
-        raise ValueError(f"unknown metrics {', '.join(sorted(unknown))}: choose among {', '.join(METRICS)} and kernel")
+    if isinstance(metrics, str) or not isinstance(space, FeatureSpace):
+        raise TypeError(f"metrics is a collection of names and space a FeatureSpace, got {metrics!r} and {type(space).__name__}")
+    if unknown := set(metrics) - {*METRICS, "kernel", *space.frechet_names.values()}:
+        raise ValueError(f"unknown metrics {', '.join(sorted(unknown))}: choose among {', '.join((*METRICS, 'kernel', *space.frechet_names.values()))}")
+    if resamples and resamples < 10:
+        raise ValueError(f"{resamples} resamples say nothing about a spread: take 10 or more, or 0 for no intervals")
     reference, samples = (open_images(images, channels=space.channels) for images in (reference, samples))
     stored, stored_too = _stored_statistics(reference, space), _stored_statistics(samples, space)
     distances = distances or space.distances
-    frechet = dict(space.frechet_names) if "frechet" in metrics else {}
+    frechet = {layer: name for layer, name in space.frechet_names.items() if {"frechet", name} & set(metrics)}
     by_image = [m for m in ("precision", "recall", "kernel") if m in metrics and m in space.metric_names]
     if not (frechet or by_image or set(metrics) & set(space.metric_names)):
         raise BadInput(f"{space.name} has none of {', '.join(metrics)}: it has frechet, {', '.join(space.metric_names)}")
@@ -257,13 +277,19 @@ def evaluate(
     score = InceptionScore(split_size) if {"inception_score"} & set(metrics) & set(space.metric_names) else None
     limits = _warnings(reference, samples, space, frechet, by_image, stored, -(-samples.count // split_size) if score else 0)
     if stored_too and frechet:
-        limits.append(f"{samples.name} stores statistics, and its Frechet distances are theirs, not those of its {samples.count} images")
+        swapped = "" if stored else "; are reference and samples swapped?"
+        limits.append(f"{samples.name} stores statistics, and its Frechet distances are theirs, not those of its {samples.count} images{swapped}")
+    if "inception_score" in metrics and "inception_score" not in space.metric_names:
+        limits.append(f"no inception score: {space.name} has no classes")
     digests = {"reference": reference.digest(), "samples": samples.digest()}
+
+    if digests["reference"] == digests["samples"]:
+        limits.append("the samples are the reference itself")
 
     main = [space.main] if by_image else []
     real = measure_images(reference, space, main, None, cache, batch_size, digests["reference"]) if from_images else None
     if resamples:
-        main = list(space.lengths)
+        main = [layer for layer in space.lengths if layer in frechet or (layer == space.main and (by_image or score))]
     elif score and cache is not None:
         main = [space.main]
     fake = measure_images(samples, space, main, score, cache, batch_size, digests["samples"])
@@ -307,7 +333,7 @@ def _share(inside: np.ndarray, i: np.ndarray) -> float:
     "Precision or recall of redrawn images, with the manifolds as they are: repeated images would have radius zero."
     return float(inside[i].mean())
 
-# %% ../nbs/17_evaluation.ipynb #a3423c70
+# %% ../nbs/17_evaluation.ipynb #157cdff2
 def save_reference(
     images: str | Path | np.ndarray | ImageSource,  # the whole data set
     path: str | Path,  # the .npz file to write
@@ -348,10 +374,10 @@ def check_reference_path(
 ) -> None:
     "BadInput or FileExistsError if a reference batch cannot be written there."
     path = Path(path)
+    if path.suffix != ".npz" or path.is_dir():
+        raise BadInput(f"{path}: the reference batch to write is a new .npz file; it comes after the images")
     if path.exists():
-        raise FileExistsError(f"{path} exists: remove it, or choose another name")
-    if path.suffix != ".npz":
-        raise BadInput(f"{path}: a reference batch is an .npz file")
+        raise FileExistsError(f"{path} exists, and is not overwritten: choose another name")
     check_writable(path)
 
 # %% ../nbs/17_evaluation.ipynb #8629a1cb

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['SIZE', 'full_float32', 'resize_as_tf1', 'ConvNorm', 'InceptionFeatures', 'Inception', 'graph_names', 'load_inception']
 
-# %% ../nbs/10_inception.ipynb #865f86de
+# %% ../nbs/10_inception.ipynb #518a06e2
 import contextlib
+import zipfile
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -229,7 +230,7 @@ class Inception(nn.Module):
             raise ValueError("this network ends at Mixed_6e: it has no classes, and no inception score")
         return F.linear(pool, self.fc.weight).softmax(1)
 
-# %% ../nbs/10_inception.ipynb #37632a1a
+# %% ../nbs/10_inception.ipynb #d2fff5e4
 _BLOCKS = ("5b", "5c", "5d", "6a", "6b", "6c", "6d", "6e", "7a", "7b", "7c")  # mixed, mixed_1, ... mixed_10
 _STEM = {"conv": "1a_3x3", "conv_1": "2a_3x3", "conv_2": "2b_3x3", "conv_3": "3b_1x1", "conv_4": "4a_3x3"}
 _KINDS = {"5": _Mixed35, "6a": _Reduce17, "6": _Mixed17, "7a": _Reduce8, "7": _Mixed8}
@@ -290,7 +291,7 @@ def _read_state(path: Path) -> Mapping[str, np.ndarray | Tensor]:
             from safetensors.torch import load_file
             return load_file(path)
         case ".npz":
-            with np.load(path, allow_pickle=False) as arrays:
+            with zipfile.ZipFile(path), np.load(path, allow_pickle=False) as arrays:  # only a zip archive can be one
                 return {key: arrays[key] for key in arrays.files}
     raise ValueError(f"{path}: Inception weights are a .pth, .pb, .npz or .safetensors file")
 
@@ -309,8 +310,8 @@ def load_inception(
     except Exception as error:  # readers of four formats fail in many ways on what is not theirs
         if str(path) in str(error):
             raise
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{path} cannot be read ({reason}): it is damaged or not a file of plain weights; download it again") from error
+        reason = (str(error).splitlines() or [""])[0]
+        raise ValueError(f"{path} cannot be read ({type(error).__name__}: {reason}): it is damaged or not a file of plain weights; download it again") from error
     for key, value in state.items():
         if not value.isfinite().all():
             raise ValueError(f"{path}: {key} has NaN or infinity; download it again")

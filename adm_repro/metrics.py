@@ -96,7 +96,7 @@ def feature_statistics(
         streaming.update(features[start:start + StreamingStatistics.BLOCK])
     return streaming.result()
 
-# %% ../nbs/14_metrics.ipynb #490912d2
+# %% ../nbs/14_metrics.ipynb #9d54653b
 def _trace_of_root(a: FeatureStatistics, b: FeatureStatistics) -> float:
     "tr((a b)^(1/2)) for two covariances."
     a, b = sorted((a, b), key=lambda s: math.inf if s.count is None else s.count)  # a has the fewer vectors
@@ -119,7 +119,8 @@ def frechet_distance(
     "Frechet distance of two Gaussians (Heusel et al. 2017, eq. 6); ValueError if their dimensions differ."
     if a.mean.shape != b.mean.shape:
         raise ValueError(f"statistics of {len(a.mean)} and {len(b.mean)} features cannot be compared")
-    return float(((a.mean - b.mean) ** 2).sum() + np.trace(a.covariance) + np.trace(b.covariance) - 2 * _trace_of_root(a, b))
+    distance = ((a.mean - b.mean) ** 2).sum() + np.trace(a.covariance) + np.trace(b.covariance) - 2 * _trace_of_root(a, b)
+    return max(float(distance), 0.0)  # rounding alone can make it negative
 
 # %% ../nbs/14_metrics.ipynb #94dbcfb4
 def _half_sum(x: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from .data import IMAGE_SUFFIXES, center_crop
 from .files import sha256, sha256_arrays
 from .metrics import FeatureStatistics
 
-# %% ../nbs/16_sources.ipynb #bfe19d45
+# %% ../nbs/16_sources.ipynb #0302e8c2
 class BadInput(ValueError):
     "Images that cannot be measured; the message names the file and the remedy."
 
@@ -69,16 +69,15 @@ def _check_images(name: str, shape: tuple[int, ...], dtype: np.dtype, first: Cal
             low, high = float((values := first().astype(np.float64)).min()), float(values.max())
             if not np.isfinite([low, high]).all():
                 raise BadInput(f"{message} with NaN or infinity")
-            scale = {"x * 255": low >= 0 and high <= 1, "(x + 1) * 127.5": -1 <= low < 0 and high <= 1}
-            expression = next((e for e, fits in scale.items() if fits), "x")
-            message += f" in {low:.3g}..{high:.3g}: store np.clip({expression}, 0, 255).astype(np.uint8)"
+            expression = ("x" if low >= -1 else "") if high > 2 else "x * 255" if low > -0.05 else "(x + 1) * 127.5" if low > -1.5 else ""
+            message += f" in {low:.3g}..{high:.3g}" + (f": store np.clip({expression}, 0, 255).astype(np.uint8)" if expression else ": scale them to 0..255 first")
         else:
-            message += ": store images.astype(np.uint8) if their values are 0..255"
+            message += ": scale them to 0..255, and store images.astype(np.uint8)"
         raise BadInput(message)
     if (values := first()).max() == 1 and values.size > 3000:
         raise BadInput(f"{name}: the first {len(values)} images hold only 0 and 1: images in 0..1 were cast to uint8; multiply by 255 before")
 
-# %% ../nbs/16_sources.ipynb #4dba7bee
+# %% ../nbs/16_sources.ipynb #386f8acc
 def _array_source(name: str, images: np.ndarray, labels: np.ndarray | None = None) -> ImageSource:
     images = np.asarray(images)
     _check_images(name, images.shape, images.dtype, lambda: images[:16])
@@ -121,7 +120,8 @@ def _npz_source(path: Path) -> ImageSource:
         with zipfile.ZipFile(path) as archive:
             keys = {name.removesuffix(".npy") for name in archive.namelist()}
             if not keys & {"arr_0", *(f"mu{suffix}" for suffix in _SUFFIXES)}:
-                raise BadInput(f"{path}: has no arr_0 (images) and no mu (statistics); it holds {', '.join(sorted(keys)) or 'nothing'}")
+                raise BadInput(f"{path}: has no arr_0 (images) and no mu (statistics); it holds {', '.join(sorted(keys)[:5]) or 'nothing'}"
+                               f"{' and more' * (len(keys) > 5)}; write it with np.savez(path, images)")
             shape, dtype = (0, 0, 0, 0), np.dtype(np.uint8)
             if "arr_0" in keys:
                 with archive.open("arr_0.npy") as file:
@@ -176,7 +176,7 @@ def _npz_source(path: Path) -> ImageSource:
             raise BadInput(f"{path}: mu{suffix} and sigma{suffix} are not statistics ({error})") from error
     return ImageSource(str(path), shape[0], tuple(shape[1:]), read, lambda: sha256(path), labels, statistics, about)
 
-# %% ../nbs/16_sources.ipynb #70e1e26a
+# %% ../nbs/16_sources.ipynb #86d251c3
 _MODES = {"1", "L", "P", "RGB", "RGBA", "LA"}  # 8 bits or fewer per channel
 
 
@@ -189,7 +189,7 @@ def _file_source(
     channels: int,
 ) -> ImageSource:
     if len(names) < 2:
-        raise BadInput(f"{name}: holds {len(names)} images ({', '.join(sorted(IMAGE_SUFFIXES))}), and a covariance needs at least 2")
+        raise BadInput(f"{name}: holds {len(names)} image files ({', '.join(sorted(IMAGE_SUFFIXES))}), and at least 2 are needed; an .npz file is named itself")
 
     def decode(item: str) -> np.ndarray:
         try:
@@ -272,7 +272,9 @@ def open_images(
     size: int | None = None,  # crop and resize image files to this, as the paper's training images; by default all must have one size
     channels: int = 3,  # of images from image files
 ) -> ImageSource:
-    "A source of images, checked; BadInput names what is wrong and how to mend it."
+    "A source of images, checked; BadInput names what is wrong and how to mend it, TypeError another kind of object."
+    if not isinstance(images, str | Path | np.ndarray | ImageSource):
+        raise TypeError(f"images are a path, a numpy array or an ImageSource, got {type(images).__name__}")
     if isinstance(images, ImageSource):
         return images
     if isinstance(images, np.ndarray):
@@ -282,6 +284,8 @@ def open_images(
         raise BadInput(f"{path} does not exist: give an .npz file, a folder of images or a .zip archive")
     if path.is_dir():
         return _folder_source(path, size, channels)
+    if size is not None and path.suffix.lower() != ".zip":
+        raise BadInput(f"{path}: only image files can be cropped and resized: give a folder or a .zip archive, or leave the size out")
     match path.suffix.lower():
         case ".npz":
             return _npz_source(path)

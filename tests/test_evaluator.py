@@ -69,9 +69,9 @@ def test_command_line_prints_the_originals_lines(batches, inception_weights, tmp
     counts, *lines = result.stdout.splitlines()
     assert counts == "Samples: 10 (reference: 12 images; fid and sfid: statistics of 12 images; features: inception-2015-12-05)"
     assert [line.split(":")[0] for line in lines] == ["Inception Score", "FID", "sFID", "Precision", "Recall"]
-    assert "10 samples are too few for fid: with 2048 features" in result.stderr and "is not the published weights-inception" in result.stderr
+    assert "10 samples are too few for fid (2048 features) and sfid (2023 features)" in result.stderr and "is not the published weights-inception" in result.stderr
     assert len(list(tmp_path.rglob("*.safetensors"))) == 2
-    again = adm("evaluate", batches / "reference.npz", batches / "samples.npz", "--weights", inception_weights, "--json", "--interval", "--resamples", 2)
+    again = adm("evaluate", batches / "reference.npz", batches / "samples.npz", "--weights", inception_weights, "--json", "--interval", "--resamples", 10)
     record = json.loads(again.stdout)
     assert [f"{value}" for value in record["metrics"].values()] == [line.split(": ")[1] for line in lines]
     assert set(record["intervals"]) == set(record["metrics"]) and record["samples"] == 10
@@ -101,7 +101,7 @@ def test_a_reference_batch_of_ones_own(batches, space, tmp_path):
     direct = evaluate(batches / "reference.npz", batches / "samples.npz", space)
     assert stored.metrics["fid"] == pytest.approx(direct.metrics["fid"], rel=1e-9)
     assert stored.reference_statistics == {"fid": "stored (of 12 images)", "sfid": "stored (of 12 images)"} and stored.reference_images == 8
-    assert evaluate(batches / "samples.npz", path, space, ("frechet",)).warnings[-1].startswith(f"{path} stores statistics")  # the original uses them, too
+    assert evaluate(batches / "samples.npz", path, space, ("frechet",)).warnings[-1].startswith(f"{path} stores statistics, and")  # the original uses them, too
 
 
 def test_reference_command(batches, tmp_path, inception_weights):
@@ -111,7 +111,9 @@ def test_reference_command(batches, tmp_path, inception_weights):
     with np.load(tmp_path / "mine.npz") as arrays:
         assert arrays["arr_0"].shape == (5, 32, 32, 3)
     again = adm(*arguments)
-    assert again.exit_code == 2 and "exists: remove it" in again.output
+    assert again.exit_code == 2 and "is not overwritten" in again.output
+    assert "it comes after the images" in adm("reference", tmp_path / "mine.npz", tmp_path, "--weights", inception_weights).output  # exchanged
+    assert "only image files can be cropped" in adm("reference", batches / "reference.npz", tmp_path / "new.npz", "--size", 16).output
     for name in ("mine.npy", "no/such.npz"):
         (tmp_path / "no").write_bytes(b"")
         assert adm("reference", batches / "reference.npz", tmp_path / name, "--weights", inception_weights).exit_code == 2
@@ -129,6 +131,7 @@ def test_statistics_of_other_weights_are_refused(batches, space, tmp_path):
     mixed = evaluate(tmp_path / "mine.npz", batches / "samples.npz", inception_space(tmp_path / "part.npz"), ("frechet",))
     assert mixed.reference_statistics == {"fid768": "of 12 images", "sfid": "stored (of 12 images)"}
     whole = evaluate(batches / "reference.npz", batches / "samples.npz", space, ("frechet",))
+    assert any("made with the weights" in w for w in mixed.warnings)
     assert mixed.metrics["sfid"] == pytest.approx(whole.metrics["sfid"], rel=1e-4)
 
 
@@ -154,7 +157,7 @@ def test_the_kernel_distance_is_an_extra(tmp_path):
     result = evaluate(near, near[::-1].copy(), Pixels(), ("kernel",), cache=tmp_path)
     assert list(result.metrics) == ["kernel_distance"] and not result.warnings
     assert abs(result.metrics["kernel_distance"]) < 0.01 * evaluate(near, far, Pixels(), ("kernel",)).metrics["kernel_distance"]
-    with pytest.raises(ValueError, match="999 images, but kernel_distance need at least 1000"):
+    with pytest.raises(ValueError, match="999 images, but kernel_distance needs at least 1000"):
         evaluate(near[1:], far, Pixels(), ("kernel",))
     assert list(evaluate(near, far, Pixels()).metrics) == ["d", "precision"]  # it has neither recall nor classes
     with pytest.raises(ValueError, match="pixels has none of recall"):
@@ -167,6 +170,9 @@ def test_statistics_alone_give_frechet_distances(batches, space, tmp_path):
         np.savez(tmp_path / "only.npz", **{key: arrays[key] for key in ("mu", "sigma", "mu_s", "sigma_s")})
     only = evaluate(tmp_path / "only.npz", batches / "samples.npz", space, ("frechet", "inception_score"))
     assert list(only.metrics) == ["inception_score", "fid", "sfid"]
+    with np.load(tmp_path / "mine.npz") as arrays:
+        np.savez(tmp_path / "pool.npz", mu=arrays["mu"], sigma=arrays["sigma"])  # as pytorch-fid's files
+    assert list(evaluate(tmp_path / "pool.npz", batches / "samples.npz", space, ("fid",)).metrics) == ["fid"]
     assert only.metrics["fid"] == pytest.approx(evaluate(batches / "reference.npz", batches / "samples.npz", space, ("frechet",)).metrics["fid"], rel=1e-6)
     with pytest.raises(ValueError, match="precision, recall need: leave these metrics out"):
         evaluate(tmp_path / "only.npz", batches / "samples.npz", space)
@@ -181,7 +187,7 @@ IMAGES = np.random.default_rng(1).integers(0, 256, (9, 16, 16, 3), dtype=np.uint
     ({"arr_0": IMAGES.transpose(0, 3, 1, 2)}, "channels first"),
     ({"arr_0": IMAGES[..., :1]}, "repeat the grey channel three times"),
     ({"arr_0": IMAGES[:1]}, "at least 2"),
-    ({"arr_0": IMAGES[:3]}, "need at least 4"),
+    ({"arr_0": IMAGES[:3]}, "precision needs at least 4"),
     ({"arr_0": np.where(IMAGES > 9, np.nan, 0.5)}, "NaN"),
     ({"arr_0": np.array([None] * 9)}, "never loaded"),
     ({"arr_0": IMAGES[:, :8]}, "they must have one size"),
@@ -312,7 +318,20 @@ def test_the_released_batches(reference, samples, published):
     missing = [name for name in (INCEPTION_FILE, reference, samples) if not (RELEASED / name).is_file()]
     if missing:
         pytest.skip(f"{', '.join(missing)} not in {RELEASED}: download them there, or name another folder in ADM_REPRO_CACHE")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    result = evaluate(RELEASED / reference, RELEASED / samples, inception_space(device=device), cache=RELEASED / "features", device=device)
+    measured_equals_published(RELEASED / reference, RELEASED / samples, inception_space(device="cuda" if torch.cuda.is_available() else "cpu"), published)
+
+
+def measured_equals_published(reference, samples, space, published):
+    result = evaluate(reference, samples, space, cache=RELEASED / "features" if RELEASED in samples.parents else None)
+    assert list(result.metrics) == ["inception_score", "fid", "sfid", "precision", "recall"]
     for (name, found), expected, tolerance in zip(result.metrics.items(), published, (0.2, 0.003, 0.003, 0.0005, 0.0005), strict=True):
         assert found == pytest.approx(expected, abs=tolerance), name
+
+
+def test_the_released_test_itself_runs(batches, space):
+    """On stand-ins: it passes with the right numbers and fails with others."""
+    paths = batches / "reference.npz", batches / "samples.npz"
+    found = tuple(evaluate(*paths, space).metrics.values())
+    measured_equals_published(*paths, space, found)
+    with pytest.raises(AssertionError, match="sfid"):
+        measured_equals_published(*paths, space, (*found[:2], found[2] + 0.01, *found[3:]))
