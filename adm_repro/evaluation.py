@@ -232,7 +232,7 @@ def _warnings(reference: ImageSource, samples: ImageSource, space: FeatureSpace,
     if {"precision", "recall"} & set(by_image) and space.in_papers and reference.count != PAPER_REFERENCE:
         found.append(f"precision and recall depend on the number of reference images: {reference.count} here, {PAPER_REFERENCE} in the released batches")
     if splits and space.in_papers and n < PAPER_SAMPLES:
-        found.append(f"the inception score of {n} samples is lower than of {PAPER_SAMPLES}, above all below one split of 5000")
+        found.append(f"the inception score of {n} samples is lower than of {PAPER_SAMPLES}, above all if they do not fill one split")
     if "recall" in by_image and space.in_papers and n < PAPER_SAMPLES:
         found.append(f"recall depends on the number of samples, too: {n} here, {PAPER_SAMPLES} in papers")
     made_by = reference.about.get("space")
@@ -299,8 +299,8 @@ def evaluate(
     if score:
         values["inception_score"] = score.result()
         if resamples:
-            main = fake.features[space.main]
-            probabilities = np.concatenate([space.probabilities(main[i:i + 512]) for i in range(0, len(main), 512)])
+            kept = fake.features[space.main]
+            probabilities = np.concatenate([space.probabilities(kept[i:i + 512]) for i in range(0, len(kept), 512)])
             redraw["inception_score"] = lambda i: inception_score(probabilities[np.sort(i)], split_size), fake.count
     for layer, name in frechet.items():
         target = stored[layer] if layer in stored else real.statistics[layer]
