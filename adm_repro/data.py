@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['IMAGE_SUFFIXES', 'ImageDataset', 'dataset_from_arrays', 'load_npz', 'resize_shorter_side', 'center_crop',
-           'random_crop', 'load_folder', 'load_digits_dataset', 'load_dataset', 'to_float', 'training_batch']
+           'random_crop', 'load_folder', 'load_digits_dataset', 'load_dataset', 'to_float', 'training_batch', 'subset',
+           'area_averaged']
 
 # %% ../nbs/09_data.ipynb #b7aa6243
 import math
+import os
 import zipfile
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -183,8 +185,19 @@ def load_digits_dataset(
     return dataset_from_arrays(f"digits/{split}", images[chosen], digits.target[chosen], tuple("0123456789"))
 
 
+def _named_path(name: str) -> Path:
+    "A path as it is, or a bare name below ADM_REPRO_DATA; ValueError if there is neither."
+    home = os.environ.get("ADM_REPRO_DATA")
+    below = [Path(home, name), Path(home, f"{name}.npz")] if home and not Path(name).is_absolute() else []
+    for path in (Path(name), *below):
+        if path.exists():
+            return path
+    where = f"{below[0]} or {below[1]}" if below else "ADM_REPRO_DATA, which is not set: name the folder that holds your data sets"
+    raise ValueError(f"{name!r} is neither a named data set (digits) nor an existing folder or .npz file, nor in {where}")
+
+
 def load_dataset(
-    name: str,  # "digits", a folder of images, or an .npz file
+    name: str,  # "digits", a folder of images, an .npz file, or the name of one of these in ADM_REPRO_DATA
     split: str = "train",  # "train" or "test"; a folder without splits is all training images
     size: int = 64,  # of images from a folder
     channels: int = 3,  # of images from a folder
@@ -192,16 +205,18 @@ def load_dataset(
     "A data set by name or path; ValueError if it is neither, or has no such split."
     if name == "digits":
         return load_digits_dataset(split)
-    path = Path(name)
+    path = _named_path(name)
+    if path.suffix == ".npz" and zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if "train_images.npy" in archive.namelist():
+                return load_npz(path, f"{split}_images", f"{split}_labels")
     parts = path / split, path / f"{split}.npz"  # a folder may hold its splits
     for candidate in (*parts, path) if split == "train" else parts:
         if candidate.suffix == ".npz" and candidate.is_file():
             return load_npz(candidate)
         if candidate.is_dir():
             return load_folder(candidate, size, channels)
-    if path.exists():
-        raise ValueError(f"{name} has no {split} split: put the images into {name}/train and {name}/test, or train.npz and test.npz there")
-    raise ValueError(f"{name!r} is neither a named data set (digits) nor an existing folder or .npz file")
+    raise ValueError(f"{name} has no {split} split: put the images into {name}/train and {name}/test, or train.npz and test.npz there")
 
 # %% ../nbs/09_data.ipynb #70407f81
 def to_float(
@@ -229,3 +244,30 @@ def training_batch(
         mirrored = uniform(seed, places, 1, "flip")[:, 0] < 0.5
         images[mirrored] = images[mirrored].flip(-1)
     return images, torch.from_numpy(dataset.labels[indices])
+
+# %% ../nbs/09_data.ipynb #a2ceadeb
+def subset(
+    dataset: ImageDataset,
+    indices: np.ndarray,  # (N,) which images
+) -> ImageDataset:
+    "Some images of a data set, with all its class names; ValueError for an index that it does not have."
+    indices = np.asarray(indices, dtype=np.int64)
+    if len(indices) == 0 or indices.min() < 0 or indices.max() >= len(dataset):
+        raise ValueError(f"{dataset.name} has {len(dataset)} images, numbered from 0; asked for {len(indices)}, up to number {indices.max(initial=-1)}")
+    return replace(dataset, name=f"{dataset.name}, {len(indices)} images", labels=dataset.labels[indices], read=lambda i, crop: dataset.read(int(indices[i]), crop))
+
+
+def area_averaged(
+    dataset: ImageDataset,
+    factor: int,  # by which height and width shrink
+) -> ImageDataset:
+    "The same images, smaller; ValueError if the size is no multiple of the factor."
+    height, width, channels = dataset.shape
+    if factor < 1 or height % factor or width % factor:
+        raise ValueError(f"{dataset.name} has images of {height}x{width} pixels, which cannot be divided by {factor}")
+
+    def read(i: int, rng: np.random.Generator | None) -> np.ndarray:
+        blocks = dataset.read(i, rng).reshape(height // factor, factor, width // factor, factor, channels)
+        return np.round(blocks.mean((1, 3))).astype(np.uint8)
+
+    return replace(dataset, name=f"{dataset.name}, averaged by {factor}", shape=(height // factor, width // factor, channels), read=read) if factor > 1 else dataset

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FeatureStatistics', 'StreamingStatistics', 'feature_statistics', 'frechet_distance', 'manifold_radii',
-           'precision_recall', 'in_manifolds', 'InceptionScore', 'inception_score', 'kernel_distance', 'Interval',
-           'seed_interval', 'bootstrap_interval', 'seeds_needed']
+           'precision_recall', 'in_manifolds', 'nearest_neighbours', 'InceptionScore', 'inception_score',
+           'kernel_distance', 'Interval', 'seed_interval', 'bootstrap_interval', 'seeds_needed']
 
 # %% ../nbs/15_metrics.ipynb #226f80d4
 import math
@@ -235,6 +235,23 @@ def in_manifolds(
             real_in[i] |= (d <= fake_radii[j][None]).any(1)
             fake_in[j] |= (d <= real_radii[i][:, None]).any(0)
     return torch.cat(real_in).cpu().numpy(), torch.cat(fake_in).cpu().numpy()
+
+# %% ../nbs/15_metrics.ipynb #dc4ec1a3
+def nearest_neighbours(
+    reference: np.ndarray,  # (N, D)
+    queries: np.ndarray,  # (M, D)
+    k: int = 1,
+    block: int = 1024,  # queries that are compared at a time
+) -> tuple[np.ndarray, np.ndarray]:  # (M, k) float32 Euclidean distances, nearest first, and (M, k) int64 rows of the reference
+    "The k closest rows of the reference; ValueError if it has fewer, or the lengths differ."
+    _check_features("reference", reference, k)
+    _check_features("queries", queries, 1)
+    if reference.shape[1] != queries.shape[1]:
+        raise ValueError(f"reference rows have {reference.shape[1]} numbers, queries {queries.shape[1]}: compare features of one space")
+    rows = torch.from_numpy(np.ascontiguousarray(reference, dtype=np.float32))
+    found = [torch.cdist(part, rows, compute_mode="donot_use_mm_for_euclid_dist").topk(k, largest=False)
+             for part in torch.from_numpy(np.ascontiguousarray(queries, dtype=np.float32)).split(block)]
+    return torch.cat([f.values for f in found]).numpy(), torch.cat([f.indices for f in found]).numpy()
 
 # %% ../nbs/15_metrics.ipynb #e3f39069
 class InceptionScore:

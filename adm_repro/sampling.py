@@ -37,6 +37,8 @@ class SamplerConfig:
     guidance_scale: float = 0.0  # s; 0 turns guidance off
     gradient_at: str = "x_t"  # where ancestral guidance takes the gradient: "x_t" (released code) or "mean" (derivation)
     clip_denoised: bool = True  # clip the predicted clean image to [-1, 1]
+    noise_temperature: float = 1.0  # tau: the noise that steps add is multiplied by it (Appendix G)
+    eps_temperature: float = 1.0  # tau: the predicted noise is divided by it (Appendix G)
 
     def __post_init__(self):
         if self.sampler not in ("ancestral", "ddim"):
@@ -47,6 +49,10 @@ class SamplerConfig:
             raise ValueError(f'gradient_at must be "x_t", or "mean" with the ancestral sampler, got {self.gradient_at!r}')
         if not 0 <= self.guidance_scale < float("inf"):
             raise ValueError(f"guidance_scale must be a finite number of at least 0, got {self.guidance_scale}")
+        if not 0 < self.noise_temperature < float("inf") or not 0 < self.eps_temperature < float("inf"):
+            raise ValueError(f"temperatures must be positive and finite, got {self.noise_temperature} and {self.eps_temperature}")
+        if self.noise_temperature != 1 and self.sampler == "ddim" and not self.eta:
+            raise ValueError(f"DDIM with eta 0 adds no noise that noise_temperature {self.noise_temperature} could scale: use eps_temperature, or ancestral")
 
 # %% ../nbs/07_sampling.ipynb #26c29a7d
 def ancestral_step(
@@ -68,7 +74,7 @@ def ancestral_step(
         else:  # the mean lives one level down; the last mean is clean and borrows the lowest level
             grad = grad_fn(p.mean, trained_timesteps(diffusion, max(step - 1, 0), x_t))
         mean = guided_mean(p.mean, p.variance, grad.to(mean.dtype), config.guidance_scale)
-    return mean if step == 0 else mean + (0.5 * p.log_variance).exp() * noise
+    return mean if step == 0 else mean + config.noise_temperature * (0.5 * p.log_variance).exp() * noise
 
 
 def trained_timesteps(
@@ -108,12 +114,23 @@ def ddim_step(
     abar, prev = diffusion.alphas_cumprod[step], diffusion.alphas_cumprod_prev[step]
     sigma = config.eta * ((1 - prev) / (1 - abar)).sqrt() * (1 - abar / prev).sqrt()
     mean = x_start * float(prev.sqrt()) + eps * float((1 - prev - sigma**2).sqrt())
-    return mean if step == 0 or not config.eta else mean + float(sigma) * noise
+    return mean if step == 0 or not config.eta else mean + config.noise_temperature * float(sigma) * noise
 
 # %% ../nbs/07_sampling.ipynb #c91508c0
 def _check_guide(config: SamplerConfig, grad_fn: GradFn | None) -> None:
     if config.guidance_scale and grad_fn is None:
         raise ValueError(f"guidance_scale is {config.guidance_scale} but there is no classifier: pass grad_fn, or set the scale to 0")
+
+
+def _predict(
+    model: Denoiser, walk: GaussianDiffusion, step: int, x_t: Tensor, config: SamplerConfig, conditioning: dict[str, Tensor] | None,
+) -> Tensor:
+    "The network's output at a step; its noise divided by the temperature, its variance channels as they are."
+    output = model(x_t, trained_timesteps(walk, step, x_t), **(conditioning or {}))
+    if config.eps_temperature == 1:
+        return output
+    channels = x_t.shape[1]
+    return torch.cat([output[:, :channels] / config.eps_temperature, output[:, channels:]], dim=1)
 
 
 @torch.no_grad()
@@ -133,7 +150,7 @@ def sample_loop(
     step_fn = ancestral_step if config.sampler == "ancestral" else ddim_step
     needs_noise = config.sampler == "ancestral" or config.eta > 0
     for step in reversed(range(walk.num_timesteps)):
-        output = model(x_t, trained_timesteps(walk, step, x_t), **(conditioning or {}))
+        output = _predict(model, walk, step, x_t, config, conditioning)
         x_t = step_fn(walk, output, x_t, step, noise(step) if needs_noise and step else None, config, grad_fn)
         if callback is not None:
             callback(step, x_t)
@@ -215,7 +232,7 @@ def ddim_encode(
     "Walk DDIM from images to noise (Figure 10); ValueError unless the sampler is DDIM with eta 0."
     walk, x_t = _reversible_walk(diffusion, config, grad_fn, skip_last), x_start
     for step in range(walk.num_timesteps - skip_last):
-        output = model(x_t, trained_timesteps(walk, step, x_t), **(conditioning or {}))
+        output = _predict(model, walk, step, x_t, config, conditioning)
         clean, eps = _ddim_prediction(walk, output, x_t, step, config, grad_fn)
         next_abar = walk.alphas_cumprod_next[step]
         x_t = clean * float(next_abar.sqrt()) + eps * float((1 - next_abar).sqrt())
@@ -235,6 +252,6 @@ def ddim_decode(
     "Walk DDIM from encoded noise back to images (Figure 10); ValueError unless the sampler is DDIM with eta 0."
     walk = _reversible_walk(diffusion, config, grad_fn, skip_last)
     for step in reversed(range(walk.num_timesteps - skip_last)):
-        output = model(x_t, trained_timesteps(walk, step, x_t), **(conditioning or {}))
+        output = _predict(model, walk, step, x_t, config, conditioning)
         x_t = ddim_step(walk, output, x_t, step, None, config, grad_fn)
     return x_t

@@ -112,7 +112,7 @@ def _broken(path: Path, error: Exception) -> BadInput:
     return BadInput(f"{path} is damaged, not whole, or not a plain archive ({error}): copy or download it again")
 
 
-_SUFFIXES = ("", "_s", "_768", "_dinov2", "_classifier")  # of mu and sigma: pool, spatial, and those that only this library writes
+_SUFFIXES = ("", "_s", "_768", "_dinov2", "_classifier", "_classifier_s")  # of mu and sigma: pool, spatial, and those that only this library writes
 
 
 def _npz_source(path: Path) -> ImageSource:

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['Objective', 'DenoisingObjective', 'UpsamplingObjective', 'NoisyClassificationObjective',
            'CleanClassificationObjective', 'TrainConfig', 'update_ema', 'TrainingDiverged', 'TrainState', 'initialise',
-           'train']
+           'train', 'kept_weights', 'held_out_losses', 'training_step_seconds']
 
 # %% ../nbs/14_training.ipynb #e1ae3453
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from .checkpoints import kind_of, save_network
 from .classifier import classifier_loss
-from .data import ImageDataset, training_batch
+from .data import ImageDataset, to_float, training_batch
 from .diffusion import GaussianDiffusion, hybrid_loss, q_sample
 from .files import replacing
 from .noise import integers, normals
@@ -312,9 +312,12 @@ def train(
     run_dir: str | Path,  # holds training.safetensors, weights.safetensors and log.jsonl
     device: str | torch.device = "cpu",
     progress: bool = True,  # show a bar if standard error is a terminal
+    keep: Sequence[int] = (),  # steps after which the weights are kept, too, as weights-<step>.safetensors
     **about: Any,  # kept in the weights file, as JSON
 ) -> Path:  # run_dir/weights.safetensors: averaged weights if there is an average
-    "Train, or continue training; TrainingDiverged if the loss is lost, ValueError if run_dir belongs to other settings."
+    "Train, or continue training; TrainingDiverged if the loss is lost, ValueError if run_dir belongs to other settings, or a step to keep is never reached."
+    if any(not 1 <= step <= config.iterations for step in keep):
+        raise ValueError(f"weights can be kept after steps 1 to {config.iterations}, got {list(keep)}")
     run_dir, device = Path(run_dir), torch.device(device)
     network = initialise(network, config.seed).to(device).train().requires_grad_(True)
     state = TrainState(
@@ -330,6 +333,10 @@ def train(
     run_dir.mkdir(parents=True, exist_ok=True)
     _continue_log(log, state.step)
     started, first = time.monotonic(), state.step
+
+    def save_weights(path: Path) -> None:
+        save_network(path, network, dict(network.state_dict()) | state.ema, steps=state.step, seed=config.seed, data=dataset.name, **about)
+
     with tqdm(total=config.iterations, initial=state.step, desc=f"train {kind_of(network)}", disable=None if progress else True) as bar, log.open("a") as lines:
         while state.step < config.iterations:
             totals = _train_step(state, objective, dataset, config, device)
@@ -341,10 +348,65 @@ def train(
                 lines.write(json.dumps({"step": state.step, **values, "images_per_second": round(rate, 1)}) + "\n")
                 lines.flush()
                 bar.set_postfix(loss=values["loss"])
+            if state.step in keep:
+                save_weights(kept_weights(run_dir, state.step))
             if state.step % config.save_every == 0 or last:
                 if not bool(torch.isfinite(_batch_losses(state, objective, dataset, config, device, backward=False)["loss"])):
                     raise _diverged(state, config)
                 state.save(checkpoint, settings)
-    final = dict(network.state_dict()) | state.ema
-    save_network(weights, network, final, steps=state.step, seed=config.seed, data=dataset.name, **about)
+    save_weights(weights)
     return weights
+
+
+def kept_weights(
+    run_dir: str | Path,
+    step: int = 0,  # 0 for the end of the training
+) -> Path:
+    "Where `train` writes the weights of a step."
+    return Path(run_dir) / (f"weights-{step}.safetensors" if step else "weights.safetensors")
+
+# %% ../nbs/14_training.ipynb #aa2f2e20
+@torch.no_grad()
+def held_out_losses(
+    network: nn.Module,
+    objective: Objective,
+    dataset: ImageDataset,  # not the one it was trained on
+    repeats: int = 8,  # timesteps and noises per image
+    batch_size: int = 256,
+    device: str | torch.device = "cpu",
+) -> dict[str, float]:
+    "Means of what the objective reports, on fixed noise: the same for every network of a data set."
+    places, totals = torch.arange(len(dataset) * repeats), {}
+    images, labels = to_float(dataset.images()), torch.from_numpy(dataset.labels)
+    for part in places.split(batch_size):
+        which = part % len(dataset)
+        reported = objective(network, images[which].to(device), labels[which].to(device), part, 0)
+        for name, values in reported.items():
+            totals[name] = totals.get(name, 0.0) + float(values.double().sum())
+    return {name: total / len(places) for name, total in totals.items()}
+
+
+def training_step_seconds(
+    network: nn.Module,
+    objective: Objective,
+    dataset: ImageDataset,
+    config: TrainConfig,
+    device: str | torch.device = "cpu",
+    steps: int = 10,  # that are timed, after two that are not
+) -> float:
+    "Median seconds of a training step, forward, backward and optimiser; processor time on a CPU, so that neighbours matter less. The network is changed."
+    device = torch.device(device)
+    network = network.to(device).train().requires_grad_(True)
+    state = TrainState(network, torch.optim.AdamW(network.parameters(), config.learning_rate),
+                       torch.amp.GradScaler(device.type, enabled=config.precision == "fp16"),
+                       {k: v.detach().clone() for k, v in network.named_parameters()} if config.ema_rate is not None else {})
+    clock, seconds = time.process_time if device.type == "cpu" else time.perf_counter, []
+    for _ in range(steps + 2):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        started = clock()
+        _train_step(state, objective, dataset, config, device)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(clock() - started)
+    return sorted(seconds[2:])[steps // 2]
