@@ -194,6 +194,8 @@ def _make_job(file: str, size: str, name: str, seed: int | None, spec: dict[str,
     _refuse_unknown(f"{file}, notebooks.{template['notebook']}", shared, {"parameters", "needs"})
     needs = {}
     for parameter, needed in {**shared.get("needs", {}), **template.get("needs", {})}.items():
+        if not needed:  # a row that does without what its notebook's other rows need
+            continue
         if needed not in templates:
             raise RunError(f"{file}, {name}: needs {needed!r}, which is no step; steps are {', '.join(templates)}")
         once = templates[needed].get("once", False)
