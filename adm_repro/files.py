@@ -112,23 +112,43 @@ def _fetch(url: str, part: Path, timeout: float) -> None:
         raise http.client.IncompleteRead(b"", total - part.stat().st_size)
 
 
+def _keep_sha256(
+    path: str | Path,
+    digest: str,  # of the file
+) -> None:
+    "Keep a file's SHA-256 beside it, in the format of sha256sum."
+    with replacing(Path(f"{path}.sha256")) as temporary:
+        temporary.write_text(f"{digest}  {Path(path).name}\n")
+
+
+def _compare_with_first(path: Path) -> Path:
+    "The file, if it is still what it was when it was first seen."
+    kept, found = Path(f"{path}.sha256"), sha256(path)
+    if not kept.exists():  # put there by hand: this is the first time
+        with contextlib.suppress(OSError):  # a shared folder that is read-only here
+            _keep_sha256(path, found)
+    elif (first := kept.read_text().split()[0]) != found:
+        raise DownloadError(f"{path} has SHA-256 {found}, but had {first} when it was first seen: delete both it and {kept.name}, and it is downloaded again")
+    return path
+
+
 def download(
     url: str,
     path: str | Path,  # the file to make
-    digest: str,  # its published SHA-256
+    digest: str | None,  # its published SHA-256; None trusts the first download and keeps its SHA-256 in NAME.sha256
     attempts: int = 3,  # a broken connection is continued
     timeout: float = 30,  # seconds without an answer
 ) -> Path:  # the file, whole and checked
-    "Fetch a file once; DownloadError says how to go on if the server cannot be reached or sends something else."
+    "Fetch a file once; DownloadError says how to go on if the server cannot be reached or sends something else, or a trusted file has changed."
     path = Path(path)
     if path.exists():  # also in a shared folder that is read-only here
-        return path
+        return path if digest else _compare_with_first(path)
     part = path.with_name(path.name + ".part")
     by_hand = f"download it by hand to {path}, or try again"
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_name(f".{path.name}.lock")):  # another process may be fetching the same file
         if path.exists():
-            return path
+            return path if digest else _compare_with_first(path)
         for attempt in range(attempts):
             try:
                 _fetch(url, part, timeout)
@@ -137,8 +157,10 @@ def download(
                 refused = isinstance(error, urllib.error.HTTPError) and error.code < 500
                 if refused or attempt + 1 == attempts:
                     raise DownloadError(f"{url} could not be fetched ({error}): {by_hand}") from error
-        if (found := sha256(part)) != digest:
+        if (found := sha256(part)) != (digest or found):
             part.unlink()
             raise DownloadError(f"{url} has SHA-256 {found}, not the published {digest}; it was thrown away: {by_hand}")
+        if digest is None:
+            _keep_sha256(path, found)
         os.replace(part, path)
     return path
