@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NETWORK_KINDS', 'CHANNEL_MULT', 'kind_of', 'save_network', 'load_network', 'config_from_settings', 'network',
            'settings_from_flags', 'Released', 'released', 'find_released', 'released_network', 'released_url',
-           'released_file', 'load_released', 'released_batches', 'fetch_batch']
+           'released_file', 'load_released', 'released_batches', 'batch_url', 'fetch_batch']
 
 # %% ../nbs/12_checkpoints.ipynb #7b3fe3ab
 import hashlib
@@ -257,16 +257,25 @@ def released_batches() -> dict[str, str]:
     return {path.rsplit("/", 1)[1]: path for path in _registry()["batches"]}
 
 
+def batch_url(
+    batch: str,  # the name of a released batch, a URL, or a path
+) -> str:  # empty for a path
+    "Where a batch is fetched from; ValueError if it is none of the three."
+    known = released_batches()
+    if batch in known:
+        return released_url(known[batch])
+    if batch.startswith(("http://", "https://")):
+        return batch
+    if not Path(batch).exists():
+        raise ValueError(f"{batch!r} is no file, no folder and no URL, and no batch of that name was released: choose one of {', '.join(known)}")
+    return ""
+
+
 def fetch_batch(
     batch: str,  # the name of a released batch, a URL, or a path
 ) -> Path:
-    "A batch of images as a local path. Without a published SHA-256 the first download is trusted, as `released_file`; ValueError, or DownloadError."
-    known = released_batches()
-    if batch in known:
-        return download(released_url(known[batch]), cache_folder() / batch, None)
-    if batch.startswith(("http://", "https://")):
-        folder = cache_folder() / "downloads" / hashlib.sha256(batch.encode()).hexdigest()[:12]  # two addresses may end in one name
-        return download(batch, folder / batch.rsplit("/", 1)[1], None)
-    if not Path(batch).exists():
-        raise ValueError(f"{batch!r} is no file, no folder and no URL, and no batch of that name was released: choose one of {', '.join(known)}")
-    return Path(batch)
+    "A batch as a local path. Its SHA-256 is not published: the first download is trusted, as `released_file`. ValueError, DownloadError."
+    if not (url := batch_url(batch)):
+        return Path(batch)
+    own = cache_folder() / "downloads" / hashlib.sha256(url.encode()).hexdigest()[:12]  # two addresses may end in one name
+    return download(url, (cache_folder() if batch in released_batches() else own) / url.rsplit("/", 1)[1], None)

@@ -20,7 +20,7 @@ from .classifier import ClassifierConfig, NoisyClassifier, log_prob_grad
 from .diffusion import respaced_timesteps
 from .unet import UNet, UNetConfig, Upsampler
 
-# %% ../nbs/13_cost.ipynb #0e062fdd
+# %% ../nbs/13_cost.ipynb #22dfbd26
 def count_macs(
     run: Callable[[], Any],  # something that computes
 ) -> int:
@@ -35,30 +35,31 @@ def parameter_count(network: nn.Module) -> int:
     return sum(p.numel() for p in network.parameters())
 
 
-def _inputs(network: UNet | NoisyClassifier) -> tuple[torch.Tensor, torch.Tensor]:
-    "One image and its timestep, where the network lives."
-    config, device = network.config, next(network.parameters()).device
-    return torch.zeros(1, config.in_channels, config.image_size, config.image_size, device=device), torch.zeros(1, dtype=torch.long, device=device)
+def _on_meta(network: UNet | NoisyClassifier) -> tuple[UNet | NoisyClassifier, torch.Tensor, torch.Tensor]:
+    "The same network, an image and its timestep, without values."
+    config = network.config
+    with torch.device("meta"):
+        x, t = torch.zeros(1, config.in_channels, config.image_size, config.image_size), torch.zeros(1, dtype=torch.long)
+        return type(network)(config).eval().requires_grad_(False), x, t
 
 
 @torch.no_grad()
 def forward_macs(
-    network: UNet | NoisyClassifier,  # best on the meta device
+    network: UNet | NoisyClassifier,
 ) -> int:
     "MACs of one forward pass of one image."
-    x, t = _inputs(network)
+    network, x, t = _on_meta(network)
     conditioning = {"low_res": x} if isinstance(network, Upsampler) else {}
     if isinstance(network, UNet) and network.config.classes is not None:
         conditioning["y"] = t
     return count_macs(lambda: network(x, t, **conditioning))
 
-# %% ../nbs/13_cost.ipynb #68f4675c
+# %% ../nbs/13_cost.ipynb #f4ea98f3
 def guide_macs(
-    classifier: NoisyClassifier,  # best on the meta device
+    classifier: NoisyClassifier,
 ) -> int:
     "MACs of the gradient of log p(y | x_t) for one image, forward pass included."
-    x, t = _inputs(classifier)
-    classifier.requires_grad_(False)
+    classifier, x, t = _on_meta(classifier)
     not_a_leaf = lambda x, t: classifier(x.clone(), t)  # the counter's module hooks refuse a leaf
     return count_macs(lambda: log_prob_grad(not_a_leaf, x, t, t))
 
