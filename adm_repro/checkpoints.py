@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NETWORK_KINDS', 'CHANNEL_MULT', 'kind_of', 'save_network', 'load_network', 'config_from_settings', 'network',
-           'settings_from_flags', 'Released', 'released', 'find_released', 'released_network', 'released_url',
-           'released_file', 'load_released', 'released_batches', 'batch_url', 'fetch_batch']
+           'settings_from_flags', 'Released', 'released', 'find_released', 'released_config', 'released_network',
+           'released_url', 'released_file', 'load_released', 'released_batches', 'batch_url', 'fetch_batch']
 
 # %% ../nbs/12_checkpoints.ipynb #7b3fe3ab
 import hashlib
@@ -209,12 +209,21 @@ def find_released(
     return released()[checkpoint]
 
 
+def released_config(
+    checkpoint: str | Released,
+) -> tuple[type[nn.Module], UNetConfig | ClassifierConfig]:
+    "Class and configuration of a released network; ValueError if there is no such checkpoint."
+    found = find_released(checkpoint)
+    kind, settings = settings_from_flags(found.kind, found.flags)
+    return NETWORK_KINDS[kind][0], config_from_settings(kind, settings)
+
+
 def released_network(
     checkpoint: str | Released,
 ) -> UNet | NoisyClassifier:  # with fresh weights
-    "Build the network of a released checkpoint; inside `torch.device(\"meta\")` it takes no memory."
-    found = find_released(checkpoint)
-    return network(*settings_from_flags(found.kind, found.flags))
+    "Build a released network; inside `torch.device(\"meta\")` it takes no memory. ValueError if there is no such checkpoint."
+    cls, config = released_config(checkpoint)
+    return cls(config)
 
 # %% ../nbs/12_checkpoints.ipynb #998ac002
 def released_url(

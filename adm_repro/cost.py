@@ -6,21 +6,23 @@
 __all__ = ['count_macs', 'parameter_count', 'forward_macs', 'guide_macs', 'sampling_flops', 'training_flops', 'PlannedCost',
            'plan_cost']
 
-# %% ../nbs/13_cost.ipynb #21cdbbeb
+# %% ../nbs/13_cost.ipynb #643cf548
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import cache
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from .checkpoints import released_network
+from .blocks import NetworkConfig
+from .checkpoints import released_config
 from .classifier import ClassifierConfig, NoisyClassifier, log_prob_grad
 from .diffusion import respaced_timesteps
 from .unet import UNet, UNetConfig, Upsampler
 
-# %% ../nbs/13_cost.ipynb #22dfbd26
+# %% ../nbs/13_cost.ipynb #141d7aab
 def count_macs(
     run: Callable[[], Any],  # something that computes
 ) -> int:
@@ -35,31 +37,40 @@ def parameter_count(network: nn.Module) -> int:
     return sum(p.numel() for p in network.parameters())
 
 
-def _on_meta(network: UNet | NoisyClassifier) -> tuple[UNet | NoisyClassifier, torch.Tensor, torch.Tensor]:
-    "The same network, an image and its timestep, without values."
-    config = network.config
+def _on_meta(cls: type[nn.Module], config: NetworkConfig) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
+    "A network, an image and its timestep, without values."
     with torch.device("meta"):
         x, t = torch.zeros(1, config.in_channels, config.image_size, config.image_size), torch.zeros(1, dtype=torch.long)
-        return type(network)(config).eval().requires_grad_(False), x, t
+        return cls(config).eval().requires_grad_(False), x, t
 
 
+@cache
 @torch.no_grad()
+def _counted(cls: type[nn.Module], config: NetworkConfig) -> tuple[int, int]:  # parameters, MACs
+    network, x, t = _on_meta(cls, config)
+    conditioning = {"low_res": x} if isinstance(network, Upsampler) else {}
+    if isinstance(network, UNet) and config.classes is not None:
+        conditioning["y"] = t
+    return parameter_count(network), count_macs(lambda: network(x, t, **conditioning))
+
+
 def forward_macs(
     network: UNet | NoisyClassifier,
 ) -> int:
     "MACs of one forward pass of one image."
-    network, x, t = _on_meta(network)
-    conditioning = {"low_res": x} if isinstance(network, Upsampler) else {}
-    if isinstance(network, UNet) and network.config.classes is not None:
-        conditioning["y"] = t
-    return count_macs(lambda: network(x, t, **conditioning))
+    return _counted(type(network), network.config)[1]
 
-# %% ../nbs/13_cost.ipynb #f4ea98f3
+# %% ../nbs/13_cost.ipynb #427082df
 def guide_macs(
     classifier: NoisyClassifier,
 ) -> int:
     "MACs of the gradient of log p(y | x_t) for one image, forward pass included."
-    classifier, x, t = _on_meta(classifier)
+    return _guide_counted(classifier.config)
+
+
+@cache
+def _guide_counted(config: ClassifierConfig) -> int:
+    classifier, x, t = _on_meta(NoisyClassifier, config)
     not_a_leaf = lambda x, t: classifier(x.clone(), t)  # the counter's module hooks refuse a leaf
     return count_macs(lambda: log_prob_grad(not_a_leaf, x, t, t))
 
@@ -101,25 +112,23 @@ class PlannedCost:
             f"{self.images:,} x {self.steps:,} {'guided ' if self.guide_gmacs else ''}steps")
         return f"{size}{guide}; {work}: {self.flops:.2e} FLOPs"
 
-# %% ../nbs/13_cost.ipynb #521ac3c0
+# %% ../nbs/13_cost.ipynb #5a104682
 _DATA = {"digits": (8, 1, 10), "imagenet": (0, 3, 1000)}  # data set -> image size (0: the parameter image_size), channels, classes
 
 
-def _network(notebook: str, parameters: dict[str, Any]) -> UNet | NoisyClassifier | None:
-    "The network that a job makes, on the meta device; None if it makes none, or one that is not known beforehand."
-    with torch.device("meta"):
-        if notebook == "released":
-            return released_network(parameters["checkpoint"]) if parameters["checkpoint"] else None
-        if notebook not in ("train_diffusion", "train_classifier") or parameters["data"] not in _DATA:
-            return None
-        size, channels, classes = _DATA[parameters["data"]]
-        cls, config = (UNet, UNetConfig) if notebook == "train_diffusion" else (NoisyClassifier, ClassifierConfig)
-        if notebook == "train_diffusion" and not parameters["class_conditional"]:
-            classes = None
-        size = (size or parameters["image_size"]) // max(parameters.get("downsample", 1), 1)  # images may be averaged before training
-        known = {f.name for f in fields(config)} & set(parameters)
-        settings = {name: parameters[name] for name in known} | {"image_size": size, "in_channels": channels, "classes": classes}
-        return cls(config(**settings | {"head_channels": parameters["head_channels"] or None}))
+def _network(notebook: str, parameters: dict[str, Any]) -> tuple[type[nn.Module], NetworkConfig] | None:
+    "Class and configuration of the network that a job makes; None if it makes none, or one that is not known beforehand."
+    if notebook == "released":
+        return released_config(parameters["checkpoint"]) if parameters["checkpoint"] else None
+    if notebook not in ("train_diffusion", "train_classifier") or parameters["data"] not in _DATA:
+        return None
+    size, channels, classes = _DATA[parameters["data"]]
+    size = (size or parameters["image_size"]) // max(parameters.get("downsample", 1), 1)  # images may be averaged before training
+    cls, config = (UNet, UNetConfig) if notebook == "train_diffusion" else (NoisyClassifier, ClassifierConfig)
+    if notebook == "train_diffusion" and not parameters["class_conditional"]:
+        classes = None
+    settings = {f.name: parameters[f.name] for f in fields(config) if f.name in parameters}
+    return cls, config(**settings | {"image_size": size, "in_channels": channels, "classes": classes, "head_channels": parameters["head_channels"] or None})
 
 
 def plan_cost(
@@ -129,16 +138,14 @@ def plan_cost(
 ) -> PlannedCost | None:
     "The cost of a job that samples or trains; None for another, or if the network is not known beforehand. ValueError for an impossible network."
     if notebook == "sample" and "model" in needs:
-        net = _network(*needs["model"])
-        guided = parameters["guidance_scale"] != 0
+        net, guided = _network(*needs["model"]), parameters["guidance_scale"] != 0
         guide = _network(*needs["classifier"]) if guided and "classifier" in needs else None
         if net is None or (guided and guide is None):
             return None
-        macs, grad = forward_macs(net), guide_macs(guide) if guided else 0
+        (count, macs), grad = _counted(*net), _guide_counted(guide[1]) if guided else 0
         images, steps = parameters["num_samples"], len(respaced_timesteps(1000, parameters["steps"]))
-        return PlannedCost(parameter_count(net), macs / 1e9, grad / 1e9, images, steps, sampling_flops(macs, images, steps, grad))
-    net = _network(notebook, parameters)
-    if net is None or notebook == "released":
+        return PlannedCost(count, macs / 1e9, grad / 1e9, images, steps, sampling_flops(macs, images, steps, grad))
+    if notebook == "released" or (net := _network(notebook, parameters)) is None:
         return None
-    macs, images = forward_macs(net), parameters["iterations"] * parameters["batch_size"]
-    return PlannedCost(parameter_count(net), macs / 1e9, 0.0, images, parameters["iterations"], training_flops(macs, images), training=True)
+    (count, macs), images = _counted(*net), parameters["iterations"] * parameters["batch_size"]
+    return PlannedCost(count, macs / 1e9, 0.0, images, parameters["iterations"], training_flops(macs, images), training=True)
