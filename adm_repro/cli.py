@@ -7,31 +7,42 @@ __all__ = ['main', 'list_rows', 'run', 'reproduce', 'report', 'evaluate', 'refer
 
 # %% ../nbs/22_cli.ipynb #0fc7fe4f
 import contextlib
+import difflib
+import heapq
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from statistics import mean
+from typing import TYPE_CHECKING, Any
 
 import click
 
 import adm_repro
+from .paper import Entry, entries
 from adm_repro.runs import (
     Experiment,
     Job,
     RunError,
     check_values,
+    committed_records,
     hardware,
     job_folder,
+    job_recipe,
     load_experiment,
     locked,
     notebook_path,
+    paper_line,
     project_root,
+    read_failure,
     read_record,
     resolved_parameters,
     run_job,
@@ -40,6 +51,7 @@ from adm_repro.runs import (
 )
 
 if TYPE_CHECKING:
+    from adm_repro.cost import PlannedCost
     from adm_repro.features import FeatureSpace
 
 # %% ../nbs/22_cli.ipynb #eeb573b6
@@ -60,9 +72,12 @@ def main() -> None:
     """Reproduce "Diffusion Models Beat GANs on Image Synthesis", a row or a whole size at a time.
 
     \b
-    adm-repro list                       rows of the digits size, and which are done
+    adm-repro list                       every number of the paper: its row, what is done, what it costs
+    adm-repro list table4 --all-sizes    who measures a table's lines, and where
     adm-repro reproduce --size smoke     everything, in two minutes, to see that it runs
     adm-repro reproduce                  the digits size: real images, about 20 minutes on 2 cores
+    adm-repro reproduce table4 --seeds 2 the rows of a table, and what they need, with two seeds
+    adm-repro reproduce --dry-run        the plan: jobs, time, disk
     adm-repro run conditional-s1         one row with all its seeds (its needs must be done)
     adm-repro report                     the report from the records there are
     adm-repro evaluate REF.npz NEW.npz   FID, sFID, inception score, precision, recall, as the paper's evaluator
@@ -72,59 +87,260 @@ def main() -> None:
     Commands work anywhere inside the repository. A size is a file experiments/SIZE.toml.
     """
 
-
+# %% ../nbs/22_cli.ipynb #0e6d2150
 _SIZE = click.option("--size", default="digits", show_default=True, help="Which experiment file: experiments/SIZE.toml.")
+_SEEDS = click.option("--seeds", type=int, metavar="N", help="The first N seeds of the size; if it has fewer, more, counting up.  [default: the size's own]")
+
+
+def _unknown(size: str, kind: str, name: str, known: list[str]) -> RunError:
+    "What to say about a name that there is none of."
+    close = difflib.get_close_matches(name, known, 3)
+    return RunError(f"{size} has no {kind} {name!r}: " + (f"did you mean {', '.join(close)}?" if close else f"adm-repro list --size {size} names them all"))
 
 
 def _select(experiment: Experiment, names: tuple[str, ...]) -> list[Job]:
-    "Jobs by id (one seed) or by name (all seeds); RunError for an unknown one."
-    chosen = []
+    "Jobs by id (one seed), by row or step (all seeds), or by table (all rows); RunError for an unknown name."
+    chosen: dict[str, Job] = {}
     for name in names:
-        jobs = [job for job in experiment.jobs.values() if name in (job.id, job.name)]
-        if not jobs:
-            known = ", ".join(dict.fromkeys(job.name for job in experiment.jobs.values()))
-            raise RunError(f"{experiment.size} has no row or step {name!r}; it has {known}")
-        chosen += jobs
-    return chosen
+        found = {id: job for id, job in experiment.jobs.items() if name in (id, job.name, *job.tables, *job.paper)}
+        if not found:
+            jobs = experiment.jobs.values()
+            known = list(experiment.jobs) if "-seed" in name else list(dict.fromkeys(n for job in jobs for n in (job.name, *job.tables, *job.paper)))
+            raise _unknown(experiment.size, "row, step or table", name, known)
+        chosen |= found
+    return list(chosen.values())
+
+
+def _by_row(jobs: list[Job]) -> dict[str, list[Job]]:  # row or step -> its jobs
+    rows: dict[str, list[Job]] = {}
+    for job in jobs:
+        rows.setdefault(job.name, []).append(job)
+    return rows
+
+# %% ../nbs/22_cli.ipynb #0ac46232
+@dataclass(frozen=True)
+class _Planned:
+    "A job and what is known about its cost."
+
+    job: Job
+    state: str  # "done", "to do" or "failed before"
+    seconds: float | None  # that it took, or is expected to take
+    basis: str  # of the expectation, in words; empty if there is none
+    bytes: float | None  # of its folder
+    cost: "PlannedCost | None"  # operations; None for jobs that are not counted
+    failure: str  # why it failed before; empty if it did not
+
+
+def _records(experiment: Experiment, folders: dict[str, Path]) -> dict[str, dict[str, Any]]:
+    "Records to expect time and space from, by job: committed ones, and those of jobs that are done here."
+    return committed_records(experiment.size) | {id: record for id, folder in folders.items() if (record := read_record(folder))}
+
+
+def _expected(job: Job, records: dict[str, dict[str, Any]], what: str) -> tuple[float | None, str]:
+    "Mean `what` (seconds, bytes) of the most similar records, and how similar they are."
+    for key, value, basis in (("job", job.id, "measured before"), ("name", job.name, "as other seeds"), ("notebook", job.notebook, "as other rows of the notebook")):
+        values = [r["provenance"][what] for r in records.values() if r[key] == value and what in r["provenance"]]
+        if values:
+            return mean(values), basis
+    return None, ""
+
+
+def _on_gpu(experiment: Experiment, job: Job) -> bool:
+    return resolved_parameters(experiment, job).get("device", "cpu") != "cpu"
+
+# %% ../nbs/22_cli.ipynb #1da49a0d
+def _operations(experiment: Experiment, job: Job) -> "PlannedCost | None":
+    "What is counted for jobs of the paper's sizes and on a GPU; None for others."
+    if not (experiment.full_size or _on_gpu(experiment, job)):
+        return None
+    from adm_repro.cost import plan_cost
+
+    needed = {parameter: experiment.jobs[id] for parameter, id in job.needs.items()}
+    return plan_cost(job.notebook, resolved_parameters(experiment, job), {p: (n.notebook, resolved_parameters(experiment, n)) for p, n in needed.items()})
+
+
+def _plan(
+    experiment: Experiment,
+    ids: list[str],
+    tflops: float,  # 1e12 operations per second that the GPU sustains
+) -> list[_Planned]:
+    "State and expected cost of jobs."
+    folders = {id: job_folder(experiment, job) for id, job in experiment.jobs.items()}
+    records, planned, costs = _records(experiment, folders), [], {}
+    for job in (experiment.jobs[id] for id in ids):
+        if job.name not in costs:  # the same for all seeds
+            costs[job.name] = _operations(experiment, job)
+        (seconds, basis), cost = _expected(job, records, "seconds"), costs[job.name]
+        if seconds is None and cost is not None:
+            seconds, basis = cost.flops / (tflops * 1e12), f"operations at {tflops:g} TFLOP/s"
+        done, failure = read_record(folders[job.id]), read_failure(folders[job.id])
+        state = "done" if done else "failed before" if failure else "to do"
+        planned.append(_Planned(job, state, seconds, basis, _expected(job, records, "bytes")[0], cost, failure["reason"] if failure and not done else ""))
+    return planned
+
+# %% ../nbs/22_cli.ipynb #7e331c3b
+def _makespan(
+    jobs: dict[str, tuple[float | None, set[str]]],  # id -> seconds, None if unknown, and ids that come before it
+    workers: int,
+) -> float:  # seconds
+    "When the last of these jobs ends; unknown times count nothing."
+    waiting = {id: before & jobs.keys() for id, (_, before) in jobs.items()}
+    now, running = 0.0, []
+    while waiting or running:
+        for id in [id for id, before in waiting.items() if not before][:workers - len(running)]:
+            heapq.heappush(running, (now + (jobs[id][0] or 0.0), id))
+            del waiting[id]
+        now, ended = heapq.heappop(running)
+        for before in waiting.values():
+            before.discard(ended)
+    return now
+
+
+def _duration(seconds: float | None) -> str:
+    "In the unit that suits it; a question mark if unknown."
+    if seconds is None:
+        return "?"
+    for limit, unit, name in ((90, 1, "s"), (5400, 60, "min"), (48 * 3600, 3600, "h")):
+        if seconds < limit:
+            return f"{seconds / unit:.{int(name == 'h')}f} {name}"
+    return f"{seconds / 86400:,.1f} days"
+
+
+def _amount(count: float | None) -> str:
+    "Bytes in the unit that suits them; a question mark if unknown."
+    if count is None:
+        return "?"
+    for limit, unit, name in ((1e6, 1e3, "kB"), (1e9, 1e6, "MB"), (1e12, 1e9, "GB")):
+        if count < limit:
+            return f"{count / unit:.1f} {name}"
+    return f"{count / 1e12:.1f} TB"
+
+
+def _total(values: list[float | None], shown: Callable[[float], str]) -> str:
+    "Sum of what is known; a lower bound if something is not."
+    known = [value for value in values if value is not None]
+    return ("?" if values and not known else "at least " * (len(known) < len(values)) + shown(sum(known)))
 
 # %% ../nbs/22_cli.ipynb #daa026f8
+def _line_label(entry: Entry, line: dict[str, Any], width: int = 40) -> tuple[str, str]:
+    "What a line of the paper is, shortened, and its numbers."
+    better = {key for key, column in entry.columns.items() if column.better}
+    words = [value if isinstance(value, str) else key if value is True else f"no {key}" if value is False else f"{key} {value}"
+             for key, value in line.items() if key not in better and value is not None]
+    label = ", ".join(words)
+    numbers = ", ".join(f"{key} {value}" for key, value in line.items() if key in better and value is not None)
+    return label if len(label) <= width else label[:width - 3] + "...", numbers
+
+
+def _row_columns(experiment: Experiment, jobs: list[Job], records: dict[str, dict[str, Any]], seeds: int | None) -> list[str]:
+    "Row, notebook, seeds that are done, seconds, and command, of all jobs of a row."
+    here = {job.id for job in jobs if read_record(job_folder(experiment, job))}
+    committed = {job.id for job in jobs if job.id in records and records[job.id]["recipe"] == job_recipe(experiment, job)} - here
+    state = f"{len(here | committed)}/{len(jobs)}" + (" here" if here and not committed else f" committed, {len(here)} here" if here else " committed" if committed else "")
+    pool = records | {job.id: record for job in jobs if (record := read_record(job_folder(experiment, job)))}
+    expected = _total([_expected(job, pool, "seconds")[0] for job in jobs], _duration)
+    name, options = jobs[0].name, "" if experiment.size == "digits" else f" --size {experiment.size}"
+    return [name, jobs[0].notebook, state, ("" if len(here | committed) == len(jobs) or expected == "?" else "about ") + expected,
+            f"adm-repro reproduce {name}{options}" + (f" --seeds {seeds}" if seeds else "")]
+
+# %% ../nbs/22_cli.ipynb #251d4265
+_COLUMNS = ("row", "notebook", "done", "cost", "command")
+
+
+def _lines_of(entry: Entry, experiments: dict[str, Experiment], elsewhere: dict[str, Experiment], columns: Callable) -> list[list[str]]:
+    "The paper's lines of an entry, each with the rows that measure it, or with the sizes that have one."
+    def measuring(experiment: Experiment, line: dict[str, Any]) -> list[list[Job]]:
+        return [jobs for jobs in _by_row(list(experiment.jobs.values())).values() if (s := jobs[0].paper.get(entry.id)) is not None and paper_line(entry.id, s) == line]
+
+    table = []
+    for line in entry.rows:
+        found = [columns(experiment, jobs) for experiment in experiments.values() for jobs in measuring(experiment, line)]
+        others = [size for size, experiment in elsewhere.items() if measuring(experiment, line)]
+        label, numbers = _line_label(entry, line)
+        for row in found or [[f"- ({', '.join(others)})" if others else "-"] + [""] * (len(_COLUMNS) - 1)]:
+            table.append([label, numbers, *row])
+            label = numbers = ""
+    return table
+
+
+def _other_sizes(size: str) -> dict[str, Experiment]:
+    "All other sizes that can be read: a half-written file of another size is no reason to fail here."
+    others = {}
+    for other in sizes():
+        with contextlib.suppress(RunError):
+            others |= {other: load_experiment(other)} if other != size else {}
+    return others
+
+# %% ../nbs/22_cli.ipynb #452496ba
 @main.command("list")
+@click.argument("tables", nargs=-1, metavar="[TABLE]...")
 @_SIZE
-def list_rows(size: str) -> None:
-    "Rows and steps of a size: their tables, notebook, parameters, and how many seeds are done."
+@_SEEDS
+@click.option("--all-sizes", is_flag=True, help="Rows of every size, not only of one.")
+def list_rows(tables: tuple[str, ...], size: str, seeds: int | None, all_sizes: bool) -> None:
+    "Every number of the paper by table: the row that measures it, its notebook, what is done, its cost, its command."
     from tabulate import tabulate
 
-    experiment, lines = load_experiment(size), []
-    for name in dict.fromkeys(job.name for job in experiment.jobs.values()):
-        jobs = [job for job in experiment.jobs.values() if job.name == name]
-        records = [record for job in jobs if (record := read_record(job_folder(experiment, job)))]
-        seconds = sum(record["provenance"]["seconds"] for record in records)
-        own = {k: v for k, v in jobs[0].parameters.items() if k in ("guidance_scale", "steps", "sampler", "class_conditional", "iterations", "num_samples")}
-        lines.append([name, ", ".join(jobs[0].tables) or "(step)", jobs[0].notebook, ", ".join(f"{k}={v}" for k, v in own.items()),
-                      f"{len(records)}/{len(jobs)}", f"{seconds:.0f} s" if records else ""])
-    click.echo(f"{experiment.title}. Sizes: {', '.join(sizes())}\n")
-    click.echo(tabulate(lines, ["row or step", "tables", "notebook", "parameters", "done", "took"], tablefmt="simple", disable_numparse=True))
+    own, others = {size: load_experiment(size, seeds)}, _other_sizes(size)
+    shown = own | others if all_sizes else own
+    rows = {(s, name): jobs for s, experiment in shown.items() for name, jobs in _by_row(list(experiment.jobs.values())).items()}
+    measured = {id for experiment in (own | others).values() for job in experiment.jobs.values() for id in job.paper}
+    sections = {table for jobs in rows.values() for table in jobs[0].tables}
+    known = [*(id for id, entry in entries().items() if entry.rows), *sorted(sections)]
+    for table in tables:
+        if table not in known:
+            raise _unknown(size, "table", table, known)
+    committed = {s: committed_records(s) for s in shown}
+
+    def columns(experiment: Experiment, jobs: list[Job]) -> list[str]:
+        return _row_columns(experiment, jobs, committed[experiment.size], seeds if experiment.size == size else None)
+
+    click.echo(f"{own[size].title}. Sizes: {', '.join(sizes())}")
+    for id, entry in entries().items():
+        if id in tables or (id in measured and not tables):
+            lines = _lines_of(entry, shown, {} if all_sizes else others, columns)
+            click.echo(f"\n{id}: {entry.title}\n" + tabulate(lines, ["line of the paper", "the paper's numbers", *_COLUMNS], disable_numparse=True))
+    beside = [[", ".join(jobs[0].tables), *columns(shown[s], jobs)] for (s, _), jobs in rows.items()
+              if jobs[0].tables and not jobs[0].paper and (not tables or {*tables} & {*jobs[0].tables})]
+    steps = [columns(shown[s], jobs) for (s, _), jobs in rows.items() if not jobs[0].tables and not tables]
+    for title, headers, lines in (("Rows beside the paper's lines", ["sections", *_COLUMNS], beside), ("Steps that rows need", _COLUMNS, steps)):
+        if lines:
+            click.echo(f"\n{title}\n" + tabulate(lines, headers, disable_numparse=True))
 
 # %% ../nbs/22_cli.ipynb #5adcaa96
+_SHOWN_FIRST = ("fid", "frechet_distance", "sfid", "inception_score", "precision", "recall")
+
+
+def _outcome(record: dict[str, Any]) -> str:
+    "A finished job in one line: its name, its time and its first metrics."
+    metrics = {k: v for k, v in record["result"].get("metrics", {}).items() if isinstance(v, (int, float))}
+    first = sorted(metrics, key=lambda k: (_SHOWN_FIRST.index(k) if k in _SHOWN_FIRST else len(_SHOWN_FIRST), k))[:4]
+    took = f"{record['job']} done in {_duration(record['provenance']['seconds'])}"
+    return took + (": " + ", ".join(f"{k} {metrics[k]:.4g}" for k in first) if first else "")
+
+
 @main.command()
-@click.argument("names", nargs=-1, required=True, metavar="ROW...")
+@click.argument("names", nargs=-1, required=True, metavar="NAME...")
 @_SIZE
+@_SEEDS
 @click.option("--again", is_flag=True, help="Throw away what is there, and run.")
 @click.option("--no-check", is_flag=True, help="Do not try the parameters first: the workflow has done that for all jobs.")
 @click.option("--quiet", is_flag=True, help="Say nothing unless it fails.")
-def run(names: tuple[str, ...], size: str, again: bool, no_check: bool, quiet: bool) -> None:
-    "Run rows or steps: all seeds of a NAME, or one as NAME-seed0. What they need must be done."
-    experiment = load_experiment(size)
+def run(names: tuple[str, ...], size: str, seeds: int | None, again: bool, no_check: bool, quiet: bool) -> None:
+    """Run rows, steps or tables whose needs are done, one job after another: all seeds of a NAME, or one as NAME-seed0.
+
+    A job that fails does not keep the next one from running."""
+    experiment, failed = load_experiment(size, seeds), 0
     for job in _select(experiment, names):
         try:
             record = run_job(experiment, job, again, not no_check)
         except RunError as error:
             click.echo(f"adm-repro: {error}", err=True)
-            sys.exit(1)
+            failed += 1
+            continue
         if not quiet:
-            metrics = record["result"].get("metrics", {})
-            click.echo(f"{job.id}: " + ", ".join(f"{k} {v:.4g}" for k, v in metrics.items() if isinstance(v, (int, float)))
-                       + f"  [{job_folder(experiment, job)}]")
+            click.echo(f"{_outcome(record)}  [{job_folder(experiment, job)}]")
+    sys.exit(1 if failed else 0)
 
 # %% ../nbs/22_cli.ipynb #68c58387
 def _with_needs(experiment: Experiment, ids: list[str]) -> list[str]:
@@ -136,48 +352,210 @@ def _with_needs(experiment: Experiment, ids: list[str]) -> list[str]:
     return [id for id in experiment.jobs if id in found]
 
 
-def _snakemake(size: str, jobs: int, wanted: list[str]) -> int:
-    "Run the workflow; the exit code of Snakemake."
+def _totals(planned: list[_Planned], workers: int) -> dict[str, Any]:
+    "Counts and sums of a plan, for JSON and for words."
+    left = [p for p in planned if p.state != "done"]
+    times, disk = ([getattr(p, what) for p in left] for what in ("seconds", "bytes"))
+    return {"jobs": len(planned), "done": len(planned) - len(left), "to_do": len(left), "failed_before": sum(p.state == "failed before" for p in left), "at_a_time": workers,
+            "seconds": _makespan({p.job.id: (p.seconds, set(p.job.needs.values())) for p in left}, workers), "seconds_one_after_another": sum(filter(None, times)),
+            "jobs_of_unknown_seconds": times.count(None), "bytes": sum(filter(None, disk)), "jobs_of_unknown_bytes": disk.count(None),
+            "flops": sum(p.cost.flops for p in left if p.cost is not None)}
+
+
+def _plan_as_json(experiment: Experiment, planned: list[_Planned], workers: int) -> str:
+    jobs = [{"job": p.job.id, "row": p.job.name, "seed": p.job.seed, "notebook": p.job.notebook, "tables": list(p.job.tables), "paper": p.job.paper, "note": p.job.note,
+             "needs": p.job.needs, "state": p.state, "failure": p.failure or None, "seconds": p.seconds, "basis": p.basis or None, "bytes": p.bytes,
+             "cost": p.cost and {k: getattr(p.cost, k) for k in ("parameters", "gmacs", "guide_gmacs", "flops", "images", "steps")}} for p in planned]
+    return json.dumps({"size": experiment.size, "full_size": experiment.full_size, "seeds": list(experiment.seeds), "totals": _totals(planned, workers), "jobs": jobs}, indent=1)
+
+# %% ../nbs/22_cli.ipynb #acc07969
+def _summary(planned: list[_Planned], workers: int) -> str:
+    "A plan in one line: jobs, time, disk."
+    t = _totals(planned, workers)
+    if not t["to_do"]:
+        return f"{t['done']} of {t['jobs']} jobs are done"
+    known = t["jobs_of_unknown_seconds"] < t["to_do"]
+    time = ("at least " if t["jobs_of_unknown_seconds"] else "about ") + _duration(t["seconds"]) if known else "time unknown"
+    disk = _total([p.bytes for p in planned if p.state != "done"], _amount).replace("?", "an unknown amount")
+    failed = f" ({t['failed_before']} failed before)" if t["failed_before"] else ""
+    return f"{t['done']} of {t['jobs']} jobs are done, {t['to_do']} to do{failed}: {time} with {workers} at a time, {disk} of disk"
+
+
+def _plan_table(planned: list[_Planned]) -> str:
+    "A plan, all seeds of a row on one line; parameters and operations where they are counted."
+    from tabulate import tabulate
+
+    rows: dict[str, list[_Planned]] = {}
+    for p in planned:
+        rows.setdefault(p.job.name, []).append(p)
+    counted, lines = any(p.cost is not None for p in planned), []
+    for name, group in rows.items():
+        left, states = [p for p in group if p.state != "done"], Counter(p.state for p in group)
+        state = ", ".join(states) if len(states) == 1 else ", ".join(f"{count} {state}" for state, count in states.items())
+        line = [name + (f" x {len(group)}" if len(group) > 1 else ""), group[0].job.notebook, state,
+                _total([p.seconds for p in left], _duration) if left else "", _total([p.bytes for p in left], _amount) if left else ""]
+        if counted and (cost := group[0].cost) is not None:
+            line += [f"{cost.parameters / 1e6:.1f} M", f"{cost.gmacs:,.1f}" + (f" + {cost.guide_gmacs:,.1f}" if cost.guide_gmacs else ""),
+                     f"{cost.images:,} x {cost.steps:,}", f"{cost.flops * len(left):.2e}" if left else ""]
+        lines.append(line)
+    headers = ["job", "notebook", "state", "time", "disk"] + ["parameters", "GMACs (+ guide)", "images x steps", "FLOPs"] * counted
+    return tabulate(lines, headers, disable_numparse=True)
+
+
+def _plan_in_words(planned: list[_Planned], workers: int, free: int) -> str:
+    "What follows the table: where the expectations come from, and what failed before."
+    left = [p for p in planned if p.state != "done"]
+    lines = [f"{_summary(planned, workers)} ({_amount(free)} free); {_total([p.seconds for p in left], _duration)} one after another."]
+    if left:
+        sources = Counter(p.basis or "unknown" for p in left)
+        lines.append("Times of jobs: " + ", ".join(f"{count} {basis}" for basis, count in sources.items()) + ".")
+    if any("TFLOP/s" in p.basis for p in left):
+        lines.append("The throughput is an assumption about your GPU: --tflops changes it.")
+    lines += [f"{p.job.id} failed before: {p.failure}" for p in left if p.failure]
+    return "\n".join(lines)
+
+# %% ../nbs/22_cli.ipynb #37f4157e
+class _Progress:
+    "Says which jobs of a plan have ended since it last looked."
+
+    def __init__(self, experiment: Experiment, planned: list[_Planned], workers: int, again: str, then: str) -> None:
+        self.planned, self.workers = {p.job.id: p for p in planned}, workers
+        self.again, self.then = again, then  # how to run a job by itself, and what follows the last one
+        self.folders = {p.job.id: job_folder(experiment, p.job) for p in planned}
+        self.done = {p.job.id for p in planned if p.state == "done"}
+        self.before = {id: self._changed(id) for id in self.folders}  # failures of earlier runs
+        self.fresh: dict[str, dict[str, Any]] = {}  # records of this run
+        self.failed: set[str] = set()
+
+    def _changed(self, id: str) -> int | None:
+        with contextlib.suppress(FileNotFoundError):
+            return (self.folders[id] / "failed.json").stat().st_mtime_ns
+        return None
+
+    def left(self) -> str:
+        "Expected time until all jobs are done, in words; empty if nothing is known."
+        known = [(r["provenance"]["seconds"], p.seconds) for id, r in self.fresh.items() if (p := self.planned[id]).seconds]
+        slower = sum(took for took, _ in known) / sum(expected for _, expected in known) if known else 1.0
+        open_jobs = [p for id, p in self.planned.items() if id not in self.done | self.failed]
+        if not open_jobs:
+            return self.then
+        times = [p.seconds * slower if p.seconds is not None else _expected(p.job, self.fresh, "seconds")[0] for p in open_jobs]
+        if not any(times):
+            return ""
+        needs = [set(p.job.needs.values()) for p in open_jobs]
+        seconds = _makespan({p.job.id: (t, n) for p, t, n in zip(open_jobs, times, needs)}, self.workers)
+        return f"; {'at least' if None in times else 'about'} {_duration(seconds)} left"
+
+    def look(self) -> Iterator[tuple[str, bool]]:  # line, and whether it is about a failure
+        "One line for each job that has ended."
+        for id, folder in self.folders.items():
+            if id in self.done:
+                continue
+            if (record := read_record(folder)) is not None:
+                self.done.add(id)
+                self.failed.discard(id)
+                self.fresh[id] = record
+                yield f"[{len(self.done)}/{len(self.planned)}] {_outcome(record)}{self.left()}", False
+            elif (changed := self._changed(id)) != self.before[id] and (failure := read_failure(folder)):
+                self.before[id] = changed
+                self.failed.add(id)
+                executed = folder / "executed.failed.ipynb"
+                where = f" (in {os.path.relpath(executed)})" if executed.is_file() else ""
+                reason = " ".join(failure["reason"].splitlines())
+                yield f"[{len(self.done)}/{len(self.planned)}] {id} failed: {reason}{where}; again: {self.again.format(id)}", True
+
+# %% ../nbs/22_cli.ipynb #2b5a6515
+def _snakemake(experiment: Experiment, workers: int, wanted: list[str], seeds: int | None, log: Path, progress: _Progress) -> int:
+    "Run the workflow and say what ends; the exit code of Snakemake."
     if find_spec("snakemake") is None:
         raise RunError("the workflow needs Snakemake: pip install 'adm_repro[reproduce]'")
-    root, work = project_root(), runs_folder(size)
+    root, work = project_root(), runs_folder(experiment.size)
     command = [sys.executable, "-m", "snakemake", "--snakefile", str(root / "experiments" / "Snakefile"), "--directory", str(work),
-               "--cores", str(jobs), "--keep-going", "--rerun-incomplete", "--rerun-triggers", "mtime", "--nolock", "--latency-wait", "5",
-               "--config", f"size={size}", f"rows={','.join(wanted)}"]
-    command += ["--quiet", "rules", "host", "reason"]  # what is left is the progress
+               "--cores", str(workers), "--keep-going", "--rerun-incomplete", "--rerun-triggers", "mtime", "--nolock", "--latency-wait", "5",
+               "--config", f"size={experiment.size}", f"rows={','.join(wanted)}", *([f"seeds={seeds}"] if seeds else [])]
     environment = os.environ | {"ADM_REPRO_ROOT": str(root), "PYTHONPATH": os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))}
-    return subprocess.run(command, env=environment, check=False).returncode
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "w") as output:
+        workflow = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+        try:
+            code = None
+            while code is None:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    code = workflow.wait(0.3)
+                for line, failure in progress.look():
+                    click.echo(line, err=failure)
+        except KeyboardInterrupt:  # from a terminal it has reached the workflow and its jobs, too
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                workflow.wait(5)
+            if workflow.poll() is None:
+                workflow.send_signal(signal.SIGINT)
+                workflow.wait()
+            click.echo("Stopped. The same command continues.", err=True)
+            sys.exit(130)
+    return code
+
+# %% ../nbs/22_cli.ipynb #6aaa799d
+def _explain(progress: _Progress, log: Path) -> None:
+    "After a workflow that did not end well: how many failed, what was not run for it, and where to look."
+    open_jobs = {id: p.job for id, p in progress.planned.items() if id not in progress.done}
+    waiting = [id for id, job in open_jobs.items() if id not in progress.failed and open_jobs.keys() & set(job.needs.values())]
+    silent = [id for id in open_jobs if id not in progress.failed and id not in waiting]
+    parts = [f"{len(progress.failed)} failed"] * bool(progress.failed) + [f"{len(waiting)} were not run, because they need one that failed"] * bool(waiting)
+    parts += [f"{', '.join(silent)} ended without a word"] * bool(silent)
+    if parts:
+        click.echo(f"Of {len(progress.planned)} jobs, {len(progress.done)} are done; {'; '.join(parts)}. The same command tries again.", err=True)
+    click.echo(f"Everything that was printed is in {os.path.relpath(log)}.", err=True)
 
 
 @main.command()
-@click.argument("names", nargs=-1, metavar="[ROW]...")
+@click.argument("names", nargs=-1, metavar="[NAME]...")
 @_SIZE
-@click.option("--jobs", default=os.cpu_count() or 1, show_default="number of cores", help="Jobs to run at a time.")
-@click.option("--dry-run", is_flag=True, help="Only say what would run.")
-def reproduce(names: tuple[str, ...], size: str, jobs: int, dry_run: bool) -> None:
-    "Run everything of a size that is not done, and write its report; or only some ROWs and what they need."
-    experiment = load_experiment(size)
+@_SEEDS
+@click.option("--jobs", type=click.IntRange(1), help="Jobs to run at a time.  [default: as many as there are cores for, or 1 if jobs use a GPU]")
+@click.option("--dry-run", is_flag=True, help="Only say what would run, how long it should take and what it should leave on disk.")
+@click.option("--json", "as_json", is_flag=True, help="With --dry-run: the plan as one JSON object, with every job.")
+@click.option("--tflops", default=400.0, show_default=True, type=click.FloatRange(0, min_open=True),
+              help="1e12 operations per second that your GPU sustains; for jobs that were never timed, if their operations are counted.")
+def reproduce(names: tuple[str, ...], size: str, seeds: int | None, jobs: int | None, dry_run: bool, as_json: bool, tflops: float) -> None:
+    """Run everything of a size that is not done, and write its report; or only some NAMEs and what they need.
+
+    A NAME is a table or figure (all its rows), a row or step (all its seeds), or one job as NAME-seed0."""
+    if as_json and not dry_run:
+        raise RunError("--json describes a plan: give it together with --dry-run")
+    experiment = load_experiment(size, seeds)
     for section in (*experiment.sections, "report"):
         notebook_path(section)
-    for job in experiment.jobs.values():  # mistakes are found before anything is computed
-        check_values(job, resolved_parameters(experiment, job))
     wanted = [job.id for job in _select(experiment, names)]
-    done = {id for id, job in experiment.jobs.items() if read_record(job_folder(experiment, job))}
-    click.echo(f"{experiment.title}: {len(done)} of {len(experiment.jobs)} jobs are done.")
-    if dry_run:
-        for id in _with_needs(experiment, wanted or list(experiment.jobs)):
-            if id not in done:
-                click.echo(f"would run {id} ({experiment.jobs[id].notebook}.ipynb)")
-        return
-    with locked(runs_folder(size)):
-        code = _snakemake(size, jobs, wanted)
+    ids = _with_needs(experiment, wanted or list(experiment.jobs))
+    for id in ids:  # mistakes are found before anything is computed
+        check_values(experiment.jobs[id], resolved_parameters(experiment, experiment.jobs[id]))
+    planned = _plan(experiment, ids, tflops)
+    gpu = any(_on_gpu(experiment, p.job) for p in planned if p.state != "done")
+    workers = jobs or (1 if gpu else max(1, (os.cpu_count() or 1) // experiment.threads))
+    if as_json:
+        click.echo(_plan_as_json(experiment, planned, workers))
+    elif dry_run:
+        click.echo(f"{experiment.title}\n\n{_plan_table(planned)}\n\n{_plan_in_words(planned, workers, shutil.disk_usage(project_root()).free)}")
+    else:
+        _reproduce(experiment, planned, wanted, workers, seeds)
+
+
+def _reproduce(experiment: Experiment, planned: list[_Planned], wanted: list[str], workers: int, seeds: int | None) -> None:
+    "Run a plan, say how it went, and write the report of a whole size."
+    options = f"--size {experiment.size}" + (f" --seeds {seeds}" if seeds else "")
+    log = runs_folder(experiment.size) / ".snakemake" / "log" / "adm-repro.log"
+    click.echo(f"{experiment.title}: {_summary(planned, workers)}.")
+    with locked(runs_folder(experiment.size)):
+        progress = _Progress(experiment, planned, workers, f"adm-repro run {{}} {options}", "" if wanted else "; writing the report")
+        code = _snakemake(experiment, workers, wanted, seeds, log, progress)
     if code:
-        click.echo("Some jobs failed (see above); the others are done, and running this again continues.", err=True)
-        if not wanted:
-            _report(experiment)
-        sys.exit(1)
-    if not wanted:
-        click.echo(f"Report: {project_root() / 'reports' / size / 'index.html'}")
+        _explain(progress, log)
+    if wanted:
+        click.echo(f"Report: adm-repro report {options}")
+    else:
+        path = _report(experiment) if code else project_root() / "reports" / experiment.size / "index.html"
+        click.echo(f"Report: {path}")
+    sys.exit(1 if code else 0)
 
 # %% ../nbs/22_cli.ipynb #8784acfb
 def _report(experiment: Experiment) -> Path:
@@ -190,10 +568,11 @@ def _report(experiment: Experiment) -> Path:
 
 @main.command()
 @_SIZE
+@_SEEDS
 @click.option("--quiet", is_flag=True, help="Say nothing unless it fails.")
-def report(size: str, quiet: bool) -> None:
+def report(size: str, seeds: int | None, quiet: bool) -> None:
     "Write reports/SIZE/ from the records: those of finished jobs here, and committed ones for the rest."
-    path = _report(load_experiment(size))
+    path = _report(load_experiment(size, seeds))
     if not quiet:
         click.echo(f"{path} and README.md beside it")
 

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['RunError', 'project_root', 'sizes', 'Job', 'Experiment', 'paper_line', 'parse_experiment', 'load_experiment',
            'notebook_path', 'notebook_hash', 'job_recipe', 'library_hash', 'job_key', 'runs_folder', 'job_folder',
-           'read_record', 'notebook_parameters', 'check_values', 'resolved_parameters', 'write_result', 'locked',
-           'provenance', 'hardware', 'execute_notebook', 'described', 'read_failure', 'run_job']
+           'read_record', 'committed_records', 'notebook_parameters', 'check_values', 'resolved_parameters',
+           'write_result', 'locked', 'provenance', 'hardware', 'execute_notebook', 'described', 'read_failure',
+           'run_job']
 
 # %% ../nbs/20_runs.ipynb #008de9cb
 import ast
@@ -302,6 +303,11 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     path = folder / "record.json"
     return json.loads(path.read_text()) if path.is_file() else None
 
+
+def committed_records(size: str) -> dict[str, dict[str, Any]]:  # by job id
+    "All records in reports/<size>/records, whatever recipe they were made by."
+    return {path.stem: json.loads(path.read_text()) for path in sorted((project_root() / "reports" / size / "records").glob("*.json"))}
+
 # %% ../nbs/20_runs.ipynb #091d705d
 def notebook_parameters(path: Path) -> dict[str, Any]:
     "Names and default values of a notebook's parameters cell; RunError if it has none."
@@ -434,7 +440,8 @@ def execute_notebook(
         os.environ.update(changes)  # the kernel inherits them
         try:
             papermill.execute_notebook(source, part, parameters=parameters, kernel_name="python3", progress_bar=False,
-                                       cwd=str(executed.parent), kernel_manager_class=LocalKernelManager)
+                                       cwd=str(executed.parent), kernel_manager_class=LocalKernelManager,
+                                       extra_arguments=["--IPKernelApp.log_level=CRITICAL"])  # not that it was interrupted
         except papermill.PapermillExecutionError as error:
             part.replace(failed)
             raise RunError(f"{source.name} failed in cell {error.exec_count}: {error.ename}: {error.evalue}\n{_EXECUTED} {failed}") from error

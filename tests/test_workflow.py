@@ -1,6 +1,7 @@
 """The whole path at a tiny size: run, run again, kill, continue, break a row, change a row."""
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -79,7 +80,16 @@ def undisturbed(make_root):
     root = make_root("undisturbed")
     result = adm(root, "reproduce", "--size", "tiny", "--jobs", "2")
     assert result.returncode == 0, result.stdout + result.stderr
+    (root / "said.txt").write_text(result.stdout)
     return root
+
+
+def test_one_line_for_each_job(undisturbed):
+    lines = (undisturbed / "said.txt").read_text().splitlines()
+    assert lines[0].startswith("Tiny: 0 of 5 jobs are done, 5 to do") and lines[-1] == f"Report: {undisturbed / 'reports' / 'tiny' / 'index.html'}"
+    assert [line.split("]")[0] for line in lines[1:-1]] == [f"[{i}/5" for i in range(1, 6)] and lines[-2].endswith("writing the report")
+    assert {line.split()[1] for line in lines[1:-1]} == {"features", "conditional-seed0", "classifier-seed0", "plain-seed0", "guided-seed0"}
+    assert "frechet_distance" in next(line for line in lines if "guided-seed0 done in" in line)
 
 
 def test_everything_is_there(undisturbed):
@@ -126,7 +136,7 @@ def test_a_new_row_appears_in_list_plan_and_report(undisturbed, make_root):
     shutil.copytree(undisturbed / "reports", root / "reports")
     assert "stronger" in adm(root, "list", "--size", "tiny").stdout
     plan = adm(root, "reproduce", "--size", "tiny", "--dry-run")
-    assert "5 of 6 jobs are done" in plan.stdout and "stronger-seed0" in plan.stdout + plan.stderr
+    assert "5 of 6 jobs are done" in plan.stdout and re.search(r"^stronger +sample +to do", plan.stdout, re.M)
     assert adm(root, "report", "--size", "tiny").returncode == 0
     assert "Not run: 1 of 6 jobs" in (root / "reports" / "tiny" / "README.md").read_text()
     assert adm(root, "run", "stronger", "--size", "tiny").returncode == 0
@@ -142,6 +152,8 @@ def test_a_failing_row_stops_nothing_else(undisturbed, make_root):
     result = adm(root, "reproduce", "--size", "tiny", "--jobs", "2")
     assert result.returncode == 1
     assert "'nowhere' is neither a named data set" in result.stderr  # the notebook's own error reaches the terminal
+    assert "again: adm-repro run stronger-seed0 --size tiny" in result.stderr and "Of 6 jobs, 5 are done; 1 failed" in result.stderr
+    assert "[5/6] guided-seed0 done in" in result.stdout and "plain-seed0" not in result.stdout  # what was done before is not said again
     assert any(name.startswith("guided-seed0") for name in records(root))
     assert "Not run: 1 of 6 jobs** (stronger-seed0)" in (root / "reports" / "tiny" / "README.md").read_text()
 
