@@ -156,7 +156,10 @@ def _operations(experiment: Experiment, job: Job) -> "PlannedCost | None":
     from adm_repro.cost import plan_cost
 
     needed = {parameter: experiment.jobs[id] for parameter, id in job.needs.items()}
-    return plan_cost(job.notebook, resolved_parameters(experiment, job), {p: (n.notebook, resolved_parameters(experiment, n)) for p, n in needed.items()})
+    try:
+        return plan_cost(job.notebook, resolved_parameters(experiment, job), {p: (n.notebook, resolved_parameters(experiment, n)) for p, n in needed.items()})
+    except ValueError as error:
+        raise RunError(f"{job.id}: {error}") from error
 
 
 def _plan(
@@ -222,14 +225,29 @@ def _total(values: list[float | None], shown: Callable[[float], str]) -> str:
     return ("?" if values and not known else "at least " * (len(known) < len(values)) + shown(sum(known)))
 
 # %% ../nbs/22_cli.ipynb #daa026f8
-def _line_label(entry: Entry, line: dict[str, Any], width: int = 40) -> tuple[str, str]:
-    "What a line of the paper is, shortened, and its numbers."
-    better = {key for key, column in entry.columns.items() if column.better}
-    words = [value if isinstance(value, str) else key if value is True else f"no {key}" if value is False else f"{key} {value}"
-             for key, value in line.items() if key not in better and value is not None]
-    label = ", ".join(words)
-    numbers = ", ".join(f"{key} {value}" for key, value in line.items() if key in better and value is not None)
-    return label if len(label) <= width else label[:width - 3] + "...", numbers
+def _words(entry: Entry, line: dict[str, Any]) -> tuple[list[str], list[str]]:
+    "What a line of the paper says beside its results: names, and settings."
+    said = {key: value for key, value in line.items() if value is not None and not (key in entry.columns and entry.columns[key].better)}
+    names = [value for value in said.values() if isinstance(value, str)]
+    return names, [key if value is True else f"no {key}" if value is False else f"{key} {value}" for key, value in said.items() if not isinstance(value, str)]
+
+
+def _labels(entry: Entry, width: int = 48) -> list[str]:
+    "A short name for each line: its names, and as many settings as tell it from the others; cut in the middle if it is long."
+    said, labels = [_words(entry, line) for line in entry.rows], []
+    for names, settings in said:
+        count = 0 if names else 1
+        while count < len(settings) and sum(names + settings[:count] == n + s[:count] for n, s in said) > 1:
+            count += 1
+        label = ", ".join(names + settings[:count])
+        labels.append(label if len(label) <= width else f"{label[:width - 21]}...{label[-18:]}")
+    return labels
+
+
+def _numbers(entry: Entry, line: dict[str, Any]) -> str:
+    "The results of a line: what is better when lower or higher."
+    return ", ".join(f"{key} {value}" for key, value in line.items() if value is not None and key in entry.columns and entry.columns[key].better)
+
 
 
 def _row_columns(experiment: Experiment, jobs: list[Job], records: dict[str, dict[str, Any]], seeds: int | None) -> list[str]:
@@ -253,13 +271,13 @@ def _lines_of(entry: Entry, experiments: dict[str, Experiment], elsewhere: dict[
         return [jobs for jobs in _by_row(list(experiment.jobs.values())).values() if (s := jobs[0].paper.get(entry.id)) is not None and paper_line(entry.id, s) == line]
 
     table = []
-    for line in entry.rows:
+    for label, line in zip(_labels(entry), entry.rows):
         found = [columns(experiment, jobs) for experiment in experiments.values() for jobs in measuring(experiment, line)]
         others = [size for size, experiment in elsewhere.items() if measuring(experiment, line)]
-        label, numbers = _line_label(entry, line)
+        what = [label, _numbers(entry, line)]
         for row in found or [[f"- ({', '.join(others)})" if others else "-"] + [""] * (len(_COLUMNS) - 1)]:
-            table.append([label, numbers, *row])
-            label = numbers = ""
+            table.append([*what, *row])
+            what = ["", ""]
     return table
 
 
@@ -308,7 +326,7 @@ def list_rows(tables: tuple[str, ...], size: str, seeds: int | None, all_sizes: 
             click.echo(f"\n{title}\n" + tabulate(lines, headers, disable_numparse=True))
 
 # %% ../nbs/22_cli.ipynb #5adcaa96
-_SHOWN_FIRST = ("fid", "frechet_distance", "sfid", "inception_score", "precision", "recall")
+_SHOWN_FIRST = ("fid", "frechet_distance", "inception_score", "precision", "recall")
 
 
 def _outcome(record: dict[str, Any]) -> str:
@@ -365,7 +383,7 @@ def _totals(planned: list[_Planned], workers: int) -> dict[str, Any]:
 def _plan_as_json(experiment: Experiment, planned: list[_Planned], workers: int) -> str:
     jobs = [{"job": p.job.id, "row": p.job.name, "seed": p.job.seed, "notebook": p.job.notebook, "tables": list(p.job.tables), "paper": p.job.paper, "note": p.job.note,
              "needs": p.job.needs, "state": p.state, "failure": p.failure or None, "seconds": p.seconds, "basis": p.basis or None, "bytes": p.bytes,
-             "cost": p.cost and {k: getattr(p.cost, k) for k in ("parameters", "gmacs", "guide_gmacs", "flops", "images", "steps")}} for p in planned]
+             "cost": p.cost and {k: getattr(p.cost, k) for k in ("parameters", "gmacs", "guide_gmacs", "flops", "images", "steps", "training")}} for p in planned]
     return json.dumps({"size": experiment.size, "full_size": experiment.full_size, "seeds": list(experiment.seeds), "totals": _totals(planned, workers), "jobs": jobs}, indent=1)
 
 # %% ../nbs/22_cli.ipynb #acc07969
@@ -396,9 +414,9 @@ def _plan_table(planned: list[_Planned]) -> str:
                 _total([p.seconds for p in left], _duration) if left else "", _total([p.bytes for p in left], _amount) if left else ""]
         if counted and (cost := group[0].cost) is not None:
             line += [f"{cost.parameters / 1e6:.1f} M", f"{cost.gmacs:,.1f}" + (f" + {cost.guide_gmacs:,.1f}" if cost.guide_gmacs else ""),
-                     f"{cost.images:,} x {cost.steps:,}", f"{cost.flops * len(left):.2e}" if left else ""]
+                     f"{cost.images:,}" + ("" if cost.training else f" x {cost.steps:,}"), f"{cost.flops * len(left):.2e}" if left else ""]
         lines.append(line)
-    headers = ["job", "notebook", "state", "time", "disk"] + ["parameters", "GMACs (+ guide)", "images x steps", "FLOPs"] * counted
+    headers = ["job", "notebook", "state", "time", "disk"] + ["parameters", "GMACs (+ guide)", "images (x steps)", "FLOPs"] * counted
     return tabulate(lines, headers, disable_numparse=True)
 
 
@@ -507,6 +525,24 @@ def _explain(progress: _Progress, log: Path) -> None:
     click.echo(f"Everything that was printed is in {os.path.relpath(log)}.", err=True)
 
 
+def _reproduce(experiment: Experiment, planned: list[_Planned], wanted: list[str], workers: int, seeds: int | None) -> None:
+    "Run a plan, say how it went, and write the report of a whole size."
+    options = f"--size {experiment.size}" + (f" --seeds {seeds}" if seeds else "")
+    log = runs_folder(experiment.size) / ".snakemake" / "log" / "adm-repro.log"
+    click.echo(f"{experiment.title}: {_summary(planned, workers)}.")
+    with locked(runs_folder(experiment.size)):
+        progress = _Progress(experiment, planned, workers, f"adm-repro run {{}} {options}", "" if wanted else "; writing the report")
+        code = _snakemake(experiment, workers, wanted, seeds, log, progress)
+    if code:
+        _explain(progress, log)
+    if wanted:
+        click.echo(f"Report: adm-repro report {options}")
+    else:
+        path = _report(experiment) if code else project_root() / "reports" / experiment.size / "index.html"
+        click.echo(f"Report: {path}")
+    sys.exit(1 if code else 0)
+
+# %% ../nbs/22_cli.ipynb #c6416d25
 @main.command()
 @click.argument("names", nargs=-1, metavar="[NAME]...")
 @_SIZE
@@ -538,24 +574,6 @@ def reproduce(names: tuple[str, ...], size: str, seeds: int | None, jobs: int | 
         click.echo(f"{experiment.title}\n\n{_plan_table(planned)}\n\n{_plan_in_words(planned, workers, shutil.disk_usage(project_root()).free)}")
     else:
         _reproduce(experiment, planned, wanted, workers, seeds)
-
-
-def _reproduce(experiment: Experiment, planned: list[_Planned], wanted: list[str], workers: int, seeds: int | None) -> None:
-    "Run a plan, say how it went, and write the report of a whole size."
-    options = f"--size {experiment.size}" + (f" --seeds {seeds}" if seeds else "")
-    log = runs_folder(experiment.size) / ".snakemake" / "log" / "adm-repro.log"
-    click.echo(f"{experiment.title}: {_summary(planned, workers)}.")
-    with locked(runs_folder(experiment.size)):
-        progress = _Progress(experiment, planned, workers, f"adm-repro run {{}} {options}", "" if wanted else "; writing the report")
-        code = _snakemake(experiment, workers, wanted, seeds, log, progress)
-    if code:
-        _explain(progress, log)
-    if wanted:
-        click.echo(f"Report: adm-repro report {options}")
-    else:
-        path = _report(experiment) if code else project_root() / "reports" / experiment.size / "index.html"
-        click.echo(f"Report: {path}")
-    sys.exit(1 if code else 0)
 
 # %% ../nbs/22_cli.ipynb #8784acfb
 def _report(experiment: Experiment) -> Path:
