@@ -33,6 +33,7 @@ from .paper import claims, entry
 from adm_repro.runs import (
     Experiment,
     Job,
+    described,
     execute_notebook,
     job_folder,
     job_key,
@@ -67,15 +68,17 @@ def collect(experiment: Experiment) -> None:
             committed.unlink(missing_ok=True)
         elif failure is not None:
             write_json(committed, failure)
+    names = {job.name for job in experiment.jobs.values()}
     for path in [*folder.glob("records/*.json"), *folder.glob("failures/*.json")]:
-        if path.stem not in experiment.jobs:
+        if re.sub(r"-seed\d+$", "", path.stem) not in names:  # records of other seeds stay
             path.unlink()
 
 
 def current_records(experiment: Experiment) -> dict[str, Record]:  # by job id
     "Committed records that were made by the present recipe of their job."
     records = load_records(report_folder(experiment.size) / "records")
-    return {id: r for id, r in records.items() if id in experiment.jobs and r["recipe"] == job_recipe(experiment, experiment.jobs[id])}
+    return {id: described(r, experiment.jobs[id]) for id, r in records.items()
+            if id in experiment.jobs and r["recipe"] == job_recipe(experiment, experiment.jobs[id])}
 
 
 def report_key(experiment: Experiment) -> str:  # 64 hexadecimal digits
@@ -83,7 +86,8 @@ def report_key(experiment: Experiment) -> str:  # 64 hexadecimal digits
     notebooks = [notebook_hash(notebook_path(name)) for name in (*experiment.sections, "report")]
     keys = [job_key(experiment, job) for job in experiment.jobs.values()]
     own = [files("adm_repro").joinpath(name).read_text() for name in ("reports.py", "report.html", "paper.json")]
-    parts = [experiment.size, experiment.title, experiment.note, notebooks, list(experiment.jobs), keys, own]
+    places = [[id, job.tables, job.paper, job.note] for id, job in experiment.jobs.items()]
+    parts = [experiment.size, experiment.title, experiment.note, experiment.full_size, notebooks, places, keys, own]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
