@@ -112,7 +112,8 @@ class PlannedCost:
             f"{self.images:,} x {self.steps:,} {'guided ' if self.guide_gmacs else ''}steps")
         return f"{size}{guide}; {work}: {self.flops:.2e} FLOPs"
 
-# %% ../nbs/13_cost.ipynb #5a104682
+# %% ../nbs/13_cost.ipynb #965247ed
+_TRAINED = {"train_diffusion": (UNet, UNetConfig), "train_upsampler": (Upsampler, UNetConfig), "train_classifier": (NoisyClassifier, ClassifierConfig)}
 _DATA = {"digits": (8, 1, 10), "imagenet": (0, 3, 1000)}  # data set -> image size (0: the parameter image_size), channels, classes
 
 
@@ -120,12 +121,12 @@ def _network(notebook: str, parameters: dict[str, Any]) -> tuple[type[nn.Module]
     "Class and configuration of the network that a job makes; None if it makes none, or one that is not known beforehand."
     if notebook == "released":
         return released_config(parameters["checkpoint"]) if parameters["checkpoint"] else None
-    if notebook not in ("train_diffusion", "train_classifier") or parameters["data"] not in _DATA:
+    if notebook not in _TRAINED or parameters["data"] not in _DATA:
         return None
+    cls, config = _TRAINED[notebook]
     size, channels, classes = _DATA[parameters["data"]]
     size = (size or parameters["image_size"]) // max(parameters.get("downsample", 1), 1)  # images may be averaged before training
-    cls, config = (UNet, UNetConfig) if notebook == "train_diffusion" else (NoisyClassifier, ClassifierConfig)
-    if notebook == "train_diffusion" and not parameters["class_conditional"]:
+    if not parameters.get("class_conditional", True):
         classes = None
     settings = {f.name: parameters[f.name] for f in fields(config) if f.name in parameters}
     return cls, config(**settings | {"image_size": size, "in_channels": channels, "classes": classes, "head_channels": parameters["head_channels"] or None})

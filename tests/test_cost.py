@@ -79,13 +79,17 @@ def test_theoretical_throughput_of_table7(model, checkpoint):
 
 
 def test_digits_and_unknown_networks():
-    digits = dict(data="digits", class_conditional=False, width=32, channel_mult=[1, 1], depth=1, attention_resolutions=[4], head_channels=16, image_size=64,
-                  iterations=500, batch_size=64)
-    trained, classifier = plan_cost("train_diffusion", digits, {}), plan_cost("train_classifier", digits, {})
+    digits = dict(data="digits", width=32, channel_mult=[1, 1], depth=1, attention_resolutions=[4], head_channels=16, image_size=64, iterations=500, batch_size=64)
+    unconditional = digits | {"class_conditional": False}
+    trained, classifier = plan_cost("train_diffusion", unconditional, {}), plan_cost("train_classifier", digits, {})
     assert trained.training and classifier.parameters < trained.parameters < 1e6
+    assert plan_cost("train_diffusion", digits | {"class_conditional": True}, {}).parameters == trained.parameters + 10 * 128
+    second_image = 9 * 32  # one more channel into the first convolution
+    upsampler = plan_cost("train_upsampler", digits | {"factor": 2}, {})
+    assert (upsampler.parameters - trained.parameters - 10 * 128, upsampler.gmacs - trained.gmacs) == (second_image, pytest.approx(64 * second_image / 1e9))
     row = dict(num_samples=192, steps="ddim25", guidance_scale=1.0)
-    guided = plan_cost("sample", row, {"model": ("train_diffusion", digits), "classifier": ("train_classifier", digits)})
+    guided = plan_cost("sample", row, {"model": ("train_diffusion", unconditional), "classifier": ("train_classifier", digits)})
     assert (guided.images, guided.steps, guided.gmacs) == (192, 25, trained.gmacs) and guided.guide_gmacs > classifier.gmacs
     for notebook, parameters, needs in (("toy_guidance", {}, {}), ("sample", row, {}), ("released", {"checkpoint": ""}, {}),
-                                        ("sample", row, {"model": ("train_diffusion", digits | {"data": "photos"})})):
+                                        ("sample", row, {"model": ("train_diffusion", unconditional | {"data": "photos"})})):
         assert plan_cost(notebook, parameters, needs) is None
