@@ -121,8 +121,12 @@ def image_grid(
     return Image.fromarray(canvas[..., 0] if images.shape[3] == 1 else canvas)
 
 
-def png_text(picture: Image.Image) -> str:
+def png_text(
+    picture: Image.Image,
+    width: int = 1024,  # a wider picture is shrunk to this
+) -> str:
     "A picture as PNG in base64, for a record."
     buffer = io.BytesIO()
+    picture = picture if picture.width <= width else picture.resize((width, round(picture.height * width / picture.width)))
     picture.save(buffer, "PNG", optimize=True)
     return base64.b64encode(buffer.getvalue()).decode()

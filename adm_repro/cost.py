@@ -114,7 +114,7 @@ class PlannedCost:
 
 # %% ../nbs/13_cost.ipynb #965247ed
 _TRAINED = {"train_diffusion": (UNet, UNetConfig), "train_upsampler": (Upsampler, UNetConfig), "train_classifier": (NoisyClassifier, ClassifierConfig)}
-_DATA = {"digits": (8, 1, 10), "imagenet": (0, 3, 1000)}  # data set -> image size (0: the parameter image_size), channels, classes
+_DATA = {"digits": (8, 1, 10), "cifar10": (32, 3, 10), "tinyimagenet64": (64, 3, 100), "imagenet": (0, 3, 1000)}  # data set -> image size (0: the parameter image_size), channels, classes
 
 
 def _network(notebook: str, parameters: dict[str, Any]) -> tuple[type[nn.Module], NetworkConfig] | None:
