@@ -16,7 +16,7 @@ title = "Tiny"
 note = "Only for tests."
 seeds = [0]
 threads = 1
-sections = ["theory", "table4", "figure4", "ddim"]
+sections = ["theory", "table4", "figure4", "table14"]
 [notebooks.sample]
 needs = { features = "features", classifier = "classifier", model = "conditional" }
 parameters = { num_samples = 16, block_size = 8, steps = "3" }
@@ -36,7 +36,7 @@ tables = ["table4", "figure4"]
 parameters = { guidance_scale = 0.0 }
 [rows.guided]
 notebook = "sample"
-tables = ["table4", "figure4", "ddim"]
+tables = ["table4", "figure4", "table14"]
 parameters = { guidance_scale = 1.0 }
 """
 NEW_ROW = """
@@ -163,7 +163,7 @@ def test_a_failing_row_stops_nothing_else(undisturbed, make_root):
     (("steps = \"3\"", "steps = \"ddim999\""), "no integer stride"),
     (("guidance_scale = 1.0", "guidance_scale = -1.0"), "guidance_scale must be"),
     (("iterations = 12", "iterations = 0"), "must be at least 1"),
-    (("\"ddim\"]\n[notebooks", "\"dimm\"]\n[notebooks"), "no section ddim; sections are theory, table4, figure4, dimm"),
+    (("\"table14\"]\n[notebooks", "\"dimm\"]\n[notebooks"), "no section table14; sections are theory, table4, figure4, dimm"),
     (("seeds = [0]", "seeds = [0, 0]"), "seeds must be a list of different whole numbers"),
     (("guidance_scale = 1.0", "guidance_scale = \"1.0\""), "should be a float"),
     (("model = \"conditional\"", "model = \"conditonal\""), "needs 'conditonal', which is no step"),
