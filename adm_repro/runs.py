@@ -273,7 +273,7 @@ def job_recipe(experiment: Experiment, job: Job) -> str:  # 64 hexadecimal digit
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-_NOT_IN_RESULTS = {"cli", "cost", "reports", "paper", "runs", "_modidx"}  # modules that no measured number passes through
+_NOT_IN_RESULTS = {"cli", "cost", "reports", "paper", "runs", "verdicts", "_modidx"}  # modules that no measured number passes through
 
 
 @cache
