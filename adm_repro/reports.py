@@ -150,7 +150,8 @@ def comparison_table(
         counts = sorted({r["result"]["metrics"].get("count", "-") for r in row.records}, key=str) if row else []
         seconds = sum(r["provenance"]["seconds"] for r in row.records) if row else 0
         failed = f"\nfailed: {row.failure}" if row and row.failure and row.records else ""
-        rows.append([line.label, *("\n".join(column) for column in metrics), ", ".join(map(str, counts)), f"{len(row.records)} of {len(row.jobs)}" if row else "",
+        lined_up = ["\n".join(column).replace(" ", "\u00a0") for column in metrics]  # the cells of a line must not wrap apart
+        rows.append([line.label, *lined_up, ", ".join(map(str, counts)), f"{len(row.records)} of {len(row.jobs)}" if row else "",
                      line.verdict + failed, f"adm-repro reproduce {row.name} --size {experiment.size}" if row else "",
                      "\n".join(sorted({r["provenance"]["hardware"] for r in row.records})) if row else "",
                      f"{seconds / 60:.1f} min" if seconds else expected_cost(experiment, row.jobs[0]) if row else ""])
