@@ -176,9 +176,10 @@ def _plan(
         (seconds, basis), cost = _expected(job, records, "seconds"), costs[job.name]
         if seconds is None and cost is not None:
             seconds, basis = cost.flops / (tflops * 1e12), f"operations at {tflops:g} TFLOP/s"
+        size = _expected(job, records, "bytes")[0] or (cost.bytes if cost is not None else None)
         done, failure = read_record(folders[job.id]), read_failure(folders[job.id])
         state = "done" if done else "failed before" if failure else "to do"
-        planned.append(_Planned(job, state, seconds, basis, _expected(job, records, "bytes")[0], cost, failure["reason"] if failure and not done else ""))
+        planned.append(_Planned(job, state, seconds, basis, size, cost, failure["reason"] if failure and not done else ""))
     return planned
 
 # %% ../nbs/23_cli.ipynb #7e331c3b

@@ -103,6 +103,7 @@ class PlannedCost:
     images: int  # drawn, or seen in training
     steps: int  # network evaluations per image when sampling, optimiser steps when training
     flops: float  # in total
+    bytes: int  # of disk: samples in blocks and in one file; or weights and what training continues from
     training: bool = False
 
     def __str__(self) -> str:
@@ -145,8 +146,10 @@ def plan_cost(
             return None
         (count, macs), grad = _counted(*net), _guide_counted(guide[1]) if guided else 0
         images, steps = parameters["num_samples"], len(respaced_timesteps(1000, parameters["steps"]))
-        return PlannedCost(count, macs / 1e9, grad / 1e9, images, steps, sampling_flops(macs, images, steps, grad))
+        shape = net[1]
+        return PlannedCost(count, macs / 1e9, grad / 1e9, images, steps, sampling_flops(macs, images, steps, grad), 2 * images * shape.in_channels * shape.image_size**2)
     if notebook == "released" or (net := _network(notebook, parameters)) is None:
         return None
     (count, macs), images = _counted(*net), parameters["iterations"] * parameters["batch_size"]
-    return PlannedCost(count, macs / 1e9, 0.0, images, parameters["iterations"], training_flops(macs, images), training=True)
+    copies = (4 if notebook == "train_classifier" else 5) + len(parameters.get("keep", []))  # network, two moments, average if any; the result, and what is kept
+    return PlannedCost(count, macs / 1e9, 0.0, images, parameters["iterations"], training_flops(macs, images), 4 * count * copies, training=True)

@@ -176,6 +176,7 @@ class Counted:
     flops: float = 8e15
     images: int = 50_000
     steps: int = 250
+    bytes: int = 7_000_000
     training: bool = False
 
 
@@ -189,7 +190,7 @@ def test_operations_give_a_time_where_nothing_was_measured(root, monkeypatch):
     monkeypatch.setattr(sys.modules["adm_repro.cost"], "plan_cost", plan_cost)
     found = plan("weak", "--size", "large", "--tflops", "200", "--seeds", "1")
     weak = next(j for j in found["jobs"] if j["row"] == "weak")
-    assert weak["seconds"] == 8e15 / 200e12 and weak["basis"] == "operations at 200 TFLOP/s"
+    assert weak["seconds"] == 8e15 / 200e12 and weak["basis"] == "operations at 200 TFLOP/s" and weak["bytes"] == 7_000_000
     assert weak["cost"] == {"parameters": 553_800_000, "gmacs": 1119.8, "guide_gmacs": 146.6, "flops": 8e15, "images": 50_000, "steps": 250, "training": False}
     assert asked[-1] == ("ratio", {"x": 1.0, "y": 1.0, "seed": 4, "device": "cpu"}, {"model": ("ratio", {"x": 1.0, "y": 1.0, "seed": 4, "device": "cpu", "model": ""})})
     shown = adm("reproduce", "table4", "--size", "large", "--dry-run").output
