@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
@@ -172,6 +173,8 @@ def _chosen_seeds(
 def _check_template(file: str, name: str, template: dict[str, Any], spec: dict[str, Any]) -> None:
     "RunError for what is wrong with a step or row in itself."
     where = f"{file}, {name}"
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):  # it becomes a folder and a word of a command
+        raise RunError(f"{where}: names are made of letters, digits, '.', '_' and '-', and begin with a letter or digit")
     _refuse_unknown(where, template, _JOB_KEYS)
     if "notebook" not in template:
         raise RunError(f"{where}: which notebook? notebook = \"...\"")
@@ -188,6 +191,18 @@ def _check_template(file: str, name: str, template: dict[str, Any], spec: dict[s
             raise RunError(f"{where}: paper: {error}") from error
 
 # %% ../nbs/20_runs.ipynb #4dda93ee
+def _check_kept(file: str, spec: dict[str, Any]) -> None:
+    "RunError for a row that asks for weights of a step that its model's training does not keep."
+    templates, of = spec["steps"] | spec["rows"], spec.get("notebooks", {})
+    merged = lambda t, what: of.get(t["notebook"], {}).get(what, {}) | t.get(what, {})
+    for name, template in templates.items():
+        wanted, model = merged(template, "parameters").get("iterations", 0), templates.get(merged(template, "needs").get("model"))
+        if template["notebook"] == "sample" and wanted and model and model["notebook"] == "train_diffusion":
+            kept = merged(model, "parameters").get("keep", [])
+            if wanted not in kept:
+                raise RunError(f"{file}, {name}: iterations = {wanted}, but the model keeps the weights of {kept}")
+
+
 def _make_job(file: str, size: str, name: str, seed: int | None, spec: dict[str, Any]) -> Job:
     templates = spec["steps"] | spec["rows"]
     template = templates[name]
@@ -231,6 +246,7 @@ def parse_experiment(
         raise RunError(f"{file}: a step and a row have the same name: {', '.join(both)}")
     for name, template in templates.items():
         _check_template(file, name, template, spec)
+    _check_kept(file, spec)
     made = [_make_job(file, size, name, seed, spec) for name, template in templates.items() for seed in ([None] if template.get("once") else chosen)]
     return Experiment(size, spec["title"], spec["note"], chosen, spec.get("threads", 1), spec.get("full_size", False), tuple(spec.get("sections", ())),
                       {job.id: job for job in made})
@@ -273,14 +289,15 @@ def job_recipe(experiment: Experiment, job: Job) -> str:  # 64 hexadecimal digit
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-_NOT_IN_RESULTS = {"cli", "cost", "reports", "paper", "runs", "verdicts", "_modidx"}  # modules that no measured number passes through
+_NOT_IN_RESULTS = {"cli", "reports", "paper", "runs", "verdicts", "_modidx"}  # modules that no measured number passes through
 
 
 @cache
 def library_hash() -> str:  # 64 hexadecimal digits
     "Hash of the source of all modules that results depend on."
-    modules = sorted(p for p in Path(adm_repro.__file__).parent.glob("*.py") if p.stem not in _NOT_IN_RESULTS)
-    return hashlib.sha256(b"".join(p.name.encode() + p.read_bytes() for p in modules)).hexdigest()
+    folder = Path(adm_repro.__file__).parent
+    parts = sorted(p for p in (*folder.glob("*.py"), folder / "released.json") if p.stem not in _NOT_IN_RESULTS)
+    return hashlib.sha256(b"".join(p.name.encode() + p.read_bytes() for p in parts)).hexdigest()
 
 
 def job_key(experiment: Experiment, job: Job) -> str:  # 64 hexadecimal digits
