@@ -9,7 +9,7 @@ READY := $(VENV)/ready
 .PHONY: reproduce test clean help
 
 help:
-	@echo "make reproduce [SIZE=smoke|digits]   run everything of a size and write reports/SIZE/index.html"
+	@echo "make reproduce [SIZE=smoke|digits|...]  run everything of a size and write reports/SIZE/index.html"
 	@echo "make test                            the lessons, then the tests"
 
 $(READY): settings.ini setup.py constraints.txt

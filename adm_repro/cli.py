@@ -74,8 +74,8 @@ def main() -> None:
     \b
     adm-repro list                       every number of the paper: its row, what is done, what it costs
     adm-repro list table4 --all-sizes    who measures a table's lines, and where
-    adm-repro reproduce --size smoke     everything, in two minutes, to see that it runs
-    adm-repro reproduce                  the digits size: real images, about 20 minutes on 2 cores
+    adm-repro reproduce --size smoke     a row of every table, in some minutes, to see that it runs
+    adm-repro reproduce                  the digits size: every table on real images, about an hour on 2 cores
     adm-repro reproduce table4 --seeds 2 the rows of a table, and what they need, with two seeds
     adm-repro reproduce --dry-run        the plan: jobs, time, disk
     adm-repro run conditional-s1         one row with all its seeds (its needs must be done)

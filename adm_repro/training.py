@@ -377,10 +377,10 @@ def held_out_losses(
 ) -> dict[str, float]:
     "Means of what the objective reports, on fixed noise: the same for every network of a data set."
     places, totals = torch.arange(len(dataset) * repeats), {}
-    images, labels = to_float(dataset.images()), torch.from_numpy(dataset.labels)
+    labels = torch.from_numpy(dataset.labels)
     for part in places.split(batch_size):
         which = part % len(dataset)
-        reported = objective(network, images[which].to(device), labels[which].to(device), part, 0)
+        reported = objective(network, to_float(dataset.images(which.numpy())).to(device), labels[which].to(device), part, 0)
         for name, values in reported.items():
             totals[name] = totals.get(name, 0.0) + float(values.double().sum())
     return {name: total / len(places) for name, total in totals.items()}
