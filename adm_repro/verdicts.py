@@ -252,7 +252,7 @@ def compare(
     mean = {name: sum(values.values()) / len(values) for name, values in ours.items()}
     full = experiment.full_size and row is not None and bool(mean) and min(r["result"]["metrics"]["count"] for r in row.records) >= count
     unlike = next((names for group, names in ELSEWHERE.items() if str(line.get("group", "")).startswith(group)), ()) if row else ()
-    titles = TITLES if experiment.full_size else SMALL_TITLES
+    titles = TITLES if experiment.full_size or row is None else SMALL_TITLES
     cells = tuple((titles.get(name, name.replace("_", " ")), f"{paper[name]:g}" if name in paper else "-", show(list(ours[name].values())) if name in ours else "-",
                    "other reference" if full and name in unlike else f"{mean[name] - paper[name]:+.2f}" if full and name in paper and name in mean else "-") for name in metrics if name in paper or name in ours)
     if row is None:
