@@ -155,7 +155,9 @@ def test_a_failing_row_stops_nothing_else(undisturbed, make_root):
     assert "again: adm-repro run stronger-seed0 --size tiny" in result.stderr and "Of 6 jobs, 5 are done; 1 failed" in result.stderr
     assert "[5/6] guided-seed0 done in" in result.stdout and "plain-seed0" not in result.stdout  # what was done before is not said again
     assert any(name.startswith("guided-seed0") for name in records(root))
-    assert "Not run: 1 of 6 jobs** (stronger-seed0)" in (root / "reports" / "tiny" / "README.md").read_text()
+    text = (root / "reports" / "tiny" / "README.md").read_text()
+    assert "Not run: 1 of 6 jobs** (stronger-seed0)" in text
+    assert "**Failed: stronger-seed0**" in text and "Run it again with `adm-repro reproduce stronger-seed0 --size tiny`" in text and "| failed: " in text
 
 
 @pytest.mark.parametrize(("change", "message"), [
