@@ -6,9 +6,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: reproduce test clean help
+.PHONY: setup reproduce test clean help
 
 help:
+	@echo "make setup                               only .venv, with adm-repro in .venv/bin"
 	@echo "make reproduce [SIZE=smoke|digits|...]  run everything of a size and write reports/SIZE/index.html"
 	@echo "make test                            the lessons, then the tests"
 
@@ -17,6 +18,8 @@ $(READY): settings.ini setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --constraint constraints.txt --editable '.[reproduce,dev]'
 	@touch $(READY)
+
+setup: $(READY)
 
 reproduce: $(READY)
 	$(BIN)/adm-repro reproduce --size $(SIZE)

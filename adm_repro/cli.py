@@ -75,7 +75,7 @@ def main() -> None:
     adm-repro list                       every number of the paper: its row, what is done, what it costs
     adm-repro list table4 --all-sizes    who measures a table's lines, and where
     adm-repro reproduce --size smoke     a row of every table, in some minutes, to see that it runs
-    adm-repro reproduce                  the digits size: every table on real images, about an hour on 2 cores
+    adm-repro reproduce                  the digits size: every table on real images, about 80 minutes on 2 cores
     adm-repro reproduce table4 --seeds 2 the rows of a table, and what they need, with two seeds
     adm-repro reproduce --dry-run        the plan: jobs, time, disk
     adm-repro run conditional-s1         one row with all its seeds (its needs must be done)
@@ -94,7 +94,7 @@ _SEEDS = click.option("--seeds", type=int, metavar="N", help="The first N seeds 
 
 def _unknown(size: str, kind: str, name: str, known: list[str]) -> RunError:
     "What to say about a name that there is none of."
-    close = difflib.get_close_matches(name, known, 3)
+    close = difflib.get_close_matches(name, list(dict.fromkeys(known)), 3)
     return RunError(f"{size} has no {kind} {name!r}: " + (f"did you mean {', '.join(close)}?" if close else f"adm-repro list --size {size} names them all"))
 
 
@@ -346,7 +346,7 @@ def _outcome(record: dict[str, Any]) -> str:
 @click.option("--no-check", is_flag=True, help="Do not try the parameters first: the workflow has done that for all jobs.")
 @click.option("--quiet", is_flag=True, help="Say nothing unless it fails.")
 def run(names: tuple[str, ...], size: str, seeds: int | None, again: bool, no_check: bool, quiet: bool) -> None:
-    """Run rows, steps or tables whose needs are done, one job after another: all seeds of a NAME, or one as NAME-seed0.
+    """Run rows, steps or tables whose needs are done, one job after another: all seeds of a NAME, or one as NAME-seed10.
 
     A job that fails does not keep the next one from running."""
     experiment, failed = load_experiment(size, seeds), 0
@@ -556,7 +556,7 @@ def _reproduce(experiment: Experiment, planned: list[_Planned], wanted: list[str
 def reproduce(names: tuple[str, ...], size: str, seeds: int | None, jobs: int | None, dry_run: bool, as_json: bool, tflops: float) -> None:
     """Run everything of a size that is not done, and write its report; or only some NAMEs and what they need.
 
-    A NAME is a table or figure (all its rows), a row or step (all its seeds), or one job as NAME-seed0."""
+    A NAME is a table or figure (all its rows), a row or step (all its seeds), or one job as NAME-seed10."""
     if as_json and not dry_run:
         raise RunError("--json describes a plan: give it together with --dry-run")
     experiment = load_experiment(size, seeds)

@@ -28,6 +28,7 @@ from .paper import claims
 from adm_repro.runs import (
     Experiment,
     Job,
+    RunError,
     described,
     execute_notebook,
     job_folder,
@@ -178,7 +179,10 @@ def expected_cost(experiment: Experiment, job: Job) -> str:
     from adm_repro.cost import plan_cost
 
     full = lambda job: (job.notebook, resolved_parameters(experiment, job))
-    planned = plan_cost(*full(job), {p: full(experiment.jobs[id]) for p, id in job.needs.items()})
+    try:
+        planned = plan_cost(*full(job), {p: full(experiment.jobs[id]) for p, id in job.needs.items()})
+    except (RunError, ValueError) as error:
+        return f"cannot run: {error}"
     return f"expected: {planned.flops:.1e} FLOPs" if planned else ""
 
 # %% ../nbs/22_reports.ipynb #c49f0f97

@@ -203,6 +203,9 @@ def _check_kept(file: str, spec: dict[str, Any]) -> None:
                 raise RunError(f"{file}, {name}: iterations = {wanted}, but the model keeps the weights of {kept}")
 
 
+_REQUIRED = {"sample": ("model",), "encode": ("model", "classifier"), "neighbours": ("samples", "features")}  # a record is nothing without them
+
+
 def _make_job(file: str, size: str, name: str, seed: int | None, spec: dict[str, Any]) -> Job:
     templates = spec["steps"] | spec["rows"]
     template = templates[name]
@@ -218,6 +221,9 @@ def _make_job(file: str, size: str, name: str, seed: int | None, spec: dict[str,
         if seed is None and not once:
             raise RunError(f"{file}, {name}: is done once but needs {needed!r}, which is done per seed")
         needs[parameter] = needed if once else f"{needed}-seed{seed}"
+    for parameter in _REQUIRED.get(template["notebook"], ()):
+        if parameter not in needs:
+            raise RunError(f"{file}, {name}: {template['notebook']}.ipynb needs a {parameter}: add needs = {{ {parameter} = \"...\" }}, one of {', '.join(spec['steps'])}")
     parameters = {**shared.get("parameters", {}), **template.get("parameters", {})} | ({} if seed is None else {"seed": seed})
     return Job(size, name, seed, template["notebook"], parameters, needs, tuple(template.get("tables", ())), template.get("paper", {}), template.get("note", ""))
 
@@ -507,7 +513,10 @@ def _run(experiment: Experiment, job: Job, parameters: dict[str, Any], inputs: d
         execute_notebook(notebook_path(job.notebook), folder / "executed.ipynb", parameters | folders, experiment.threads)
         if not result_file.is_file():
             raise RunError(f"{job.id}: {job.notebook}.ipynb ended without calling write_result")
-    result = json.loads(result_file.read_text())
+    text = result_file.read_text()
+    for place in (folder, *inputs.values()):  # a record names no place on this machine
+        text = text.replace(json.dumps(f"{place}{os.sep}")[1:-1], "")
+    result = json.loads(text)
     where |= {"seconds": round(time.monotonic() - started, 1), "timing": result.pop("timing", {}),
               "bytes": sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())}
     record = described({"job": job.id, "name": job.name, "seed": job.seed, "size": job.size, "notebook": job.notebook, "recipe": job_recipe(experiment, job),

@@ -6,7 +6,8 @@
 __all__ = ['Record', 'SUBSTITUTES', 'TITLES', 'SMALL_TITLES', 'FEW_SEEDS', 'CONFIRMED', 'INCONCLUSIVE', 'REVERSED',
            'AT_FULL_SIZE', 'ARITHMETIC', 'NOT_RUN', 'NEAR', 'NEAR_SHARE', 'FULL_COUNT', 'UNPRINTED', 'ELSEWHERE',
            'load_records', 'load_failures', 'Row', 'table_rows', 'open_section', 'needed_row', 'paper_rows', 'Effect',
-           'paired', 'row_difference', 'best_by_others', 'show', 'agreement', 'Compared', 'compare']
+           'show_change', 'show_changes', 'paired', 'row_difference', 'best_by_others', 'show', 'agreement', 'Compared',
+           'compare']
 
 # %% ../nbs/21_verdicts.ipynb #f05f6b47
 import json
@@ -130,6 +131,7 @@ class Effect:
     paper: str = ""  # what the paper reports for it
     full_size: bool = False  # measured at the size of the claim itself: only claims about mathematics are, so far
     relative: bool = False  # the differences are of logarithms, and are shown as changes in percent
+    margin: float = 0.0  # what the differences are judged against, in their units: the sign of (difference - margin) decides
     why: str = ""  # why there is no difference, if it is not that rows are missing
     exact: bool = False  # arithmetic on the paper's numbers, not a measurement: every difference must have the sign, and there are no seeds
 
@@ -137,13 +139,17 @@ class Effect:
         "Of the mean difference; None if not run."
         return seed_interval(self.differences) if self.differences else None
 
+    def judged(self) -> Interval:
+        "Of the mean difference from the margin."
+        return seed_interval([d - self.margin for d in self.differences])
+
     def verdict(self) -> str:
-        "Confirmed or reversed if the interval excludes zero; a single seed decides nothing."
-        interval = self.interval()
-        if interval is None:
+        "Confirmed or reversed if the interval excludes the margin; a single seed decides nothing."
+        if not self.differences:
             return self.why or NOT_RUN
         if self.exact:
-            return ARITHMETIC[CONFIRMED if all(self.expected * d > 0 for d in self.differences) else REVERSED]
+            return ARITHMETIC[CONFIRMED if all(self.expected * (d - self.margin) > 0 for d in self.differences) else REVERSED]
+        interval = self.judged()
         if interval.low <= 0 <= interval.high:
             verdict = INCONCLUSIVE
         else:
@@ -152,23 +158,40 @@ class Effect:
 
     def shown(self) -> tuple[str, str]:
         "Mean and interval as text."
-        interval = self.interval()
+        interval, number = self.interval(), show_change if self.relative else lambda x: f"{x:+.3f}"
         if interval is None:
             return "", ""
-        number = (lambda x: f"{math.expm1(x) * 100:+.0f} %") if self.relative else (lambda x: f"{x:+.3f}")
         if self.exact:
             return " to ".join(dict.fromkeys(number(d) for d in (min(self.differences), max(self.differences)))), "exact"
         return number(interval.mean), f"{number(interval.low)} to {number(interval.high)}" if interval.count > 1 else ""
 
     def needed(self) -> str:
         "How many seeds would decide an open sign with even odds, and whether it looks like the other one."
-        interval = self.interval()
-        if interval is None or self.exact or not interval.low <= 0 <= interval.high:
+        if not self.differences or self.exact:
+            return ""
+        interval = self.judged()
+        if not interval.low <= 0 <= interval.high:
             return ""
         if interval.count < 2:
             return "unknown from one"
         seeds = str(seeds_needed(interval) or "over 1000")
         return seeds if math.copysign(1, interval.mean) == self.expected else f"{seeds}, against it"
+
+
+def show_change(
+    logarithm: float,  # of a ratio
+) -> str:
+    "A ratio as a change in percent; a factor if it is large."
+    percent = 100 * math.expm1(logarithm)
+    return f"x {math.exp(logarithm):.0f}" if percent > 900 else f"{percent:+.{0 if abs(percent) >= 9.95 else 1}f} %"
+
+
+def show_changes(
+    logarithms: Sequence[float],  # of ratios, one per seed
+) -> str:
+    "Mean change and its 95 % interval over seeds, as a claim's table shows them."
+    mean, interval = Effect("", "", 1, tuple(logarithms), relative=True).shown()
+    return f"{mean} ({interval})" if interval else mean
 
 
 def paired(
@@ -207,6 +230,8 @@ def show(
 ) -> str:
     "Mean and half-width of the 95 % interval over seeds; just the number for one seed."
     interval = seed_interval(list(values))
+    if 0 < abs(interval.mean) < 0.1:  # two digits that say something
+        digits = max(digits, 1 - math.floor(math.log10(abs(interval.mean))))
     if interval.count == 1:
         return f"{interval.mean:.{digits}f}"
     return f"{interval.mean:.{digits}f} ± {interval.high - interval.mean:.{digits}f}"
