@@ -87,6 +87,15 @@ def test_every_row_of_the_experiment_and_every_line_of_the_paper_has_its_place(r
             assert re.search(rf"\| {re.escape(format(row['fid'], 'g'))}(<br>| )", text), (id, row)
 
 
+def test_the_readme_counts_as_the_report_does():
+    readme, report = ((ROOT / name).read_text() for name in ("README.md", "reports/digits/README.md"))
+    summary = re.search(r"^(\d+) effects: (.*?)\. Each", report, re.M)
+    counted = {verdict: number for number, verdict in re.findall(r"(\d+) ([^,]+)", summary[2])}
+    words = (f"{summary[1]} effects", f"{counted[CONFIRMED]} confirmed", f"{counted[REVERSED]} reversed", f"{counted[INCONCLUSIVE]} inconclusive",
+             f"{counted['reproduced']} theorems reproduced", f"{counted[NOT_RUN]} not run")
+    assert [word for word in words if word not in readme] == []
+
+
 def test_the_report_is_made_by_little_code():
     """Making tables and pages is no second project."""
     assert len((ROOT / "adm_repro" / "reports.py").read_text().splitlines()) < 300
