@@ -175,7 +175,7 @@ def comparison_table(
 
 
 def expected_cost(experiment: Experiment, job: Job) -> str:
-    "Operations of a job that has not been run, if they can be counted."
+    "Operations of a job that has not been run, if they can be counted, or why it cannot run."
     from adm_repro.cost import plan_cost
 
     full = lambda job: (job.notebook, resolved_parameters(experiment, job))
@@ -235,13 +235,13 @@ def _with_picture_files(markdown: str, folder: Path) -> str:
     figures.mkdir(parents=True, exist_ok=True)
     written = []
 
-    def replace(match: re.Match[str]) -> str:
+    def to_file(match: re.Match[str]) -> str:
         path = figures / f"{match[2]}.png"
         path.write_bytes(base64.b64decode(match[3]))
         written.append(path)
         return f"![{match[1]}](figures/{path.name})"
 
-    text = _PICTURE.sub(replace, markdown)
+    text = _PICTURE.sub(to_file, markdown)
     for path in figures.glob("*.png"):
         if path not in written:
             path.unlink()
