@@ -41,15 +41,16 @@ def random_words(
     indices: Tensor,  # (N,) int64 image indices, 0 to 2**32 - 1
     count: int,  # words per image
     purpose: str,  # one of `PURPOSES`
-    step: int = 0,  # of the sampler or of training
+    step: int | Tensor = 0,  # of the sampler or of training; as a tensor () beside `indices`, it and they are not looked at, which would wait for the device
 ) -> Tensor:  # (N, count) int64 in 0..2**32-1, on the device of `indices`
     "Independent uniform 32-bit words for each image; ValueError for a seed, index or step out of range."
-    if not 0 <= seed < 2**64 or not 0 <= step <= _MASK:
+    on_device = isinstance(step, Tensor)
+    if not 0 <= seed < 2**64 or not (on_device or 0 <= step <= _MASK):
         raise ValueError(f"seed must be in 0..2**64-1 and step in 0..2**32-1, got {seed} and {step}")
-    if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) <= _MASK:
+    if not on_device and len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) <= _MASK:
         raise ValueError(f"image indices must be in 0..2**32-1, got {int(indices.min())} to {int(indices.max())}")
     block = torch.arange((count + 3) // 4, device=indices.device)[None]
-    counter = [block, torch.full_like(block, step), indices[:, None], torch.full_like(block, PURPOSES[purpose])]
+    counter = [block, step if on_device else torch.full_like(block, step), indices[:, None], torch.full_like(block, PURPOSES[purpose])]
     words = torch.stack(torch.broadcast_tensors(*philox(counter, (seed & _MASK, seed >> 32))), dim=-1)
     return words.flatten(1)[:, :count]
 
@@ -59,7 +60,7 @@ def uniform(
     indices: Tensor,  # (N,) int64
     count: int,
     purpose: str,  # one of `PURPOSES`
-    step: int = 0,
+    step: int | Tensor = 0,  # as for `random_words`
 ) -> Tensor:  # (N, count) float64 in (0, 1)
     "Uniform numbers for each image, never 0 or 1."
     return (random_words(seed, indices, count, purpose, step).double() + 0.5) / 2**32
@@ -70,7 +71,7 @@ def normals(
     indices: Tensor,  # (N,) int64
     shape: tuple[int, ...],  # of one image
     purpose: str,  # one of `PURPOSES`
-    step: int = 0,
+    step: int | Tensor = 0,  # as for `random_words`
 ) -> Tensor:  # (N, *shape) float32
     "Standard normal noise for each image."
     count = math.prod(shape)

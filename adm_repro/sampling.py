@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['Denoiser', 'GradFn', 'SamplerConfig', 'ancestral_step', 'trained_timesteps', 'ddim_step', 'sample_loop',
-           'image_labels', 'sample_images', 'to_uint8', 'sample_upsampled', 'ddim_encode', 'ddim_decode']
+           'evaluations', 'image_labels', 'Diverged', 'check_images', 'sample_images', 'to_uint8', 'sample_upsampled',
+           'ddim_encode', 'ddim_decode']
 
 # %% ../nbs/07_sampling.ipynb #6c5fb1be
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,6 +19,7 @@ from adm_repro.diffusion import (
     GaussianDiffusion,
     eps_from_xstart,
     p_mean_variance,
+    respaced_timesteps,
     xstart_from_eps,
 )
 from .guidance import guided_eps, guided_mean
@@ -32,17 +35,18 @@ class SamplerConfig:
     "How to sample; ValueError for settings that contradict each other."
 
     steps: str = "250"  # respacing: "250", "ddim25", "90,60,60,20,20", or "" for all
-    sampler: str = "ancestral"  # "ancestral" (DDPM) or "ddim"
+    sampler: str = "ancestral"  # "ancestral" (DDPM) or "ddim"; "dpm++2m" and "heun" are none of the paper's (notebook 33)
     eta: float = 0.0  # DDIM's noise: 0 none, 1 as much as ancestral sampling with small variances
     guidance_scale: float = 0.0  # s; 0 turns guidance off
     gradient_at: str = "x_t"  # where ancestral guidance takes the gradient: "x_t" (released code) or "mean" (derivation)
     clip_denoised: bool = True  # clip the predicted clean image to [-1, 1]
     noise_temperature: float = 1.0  # tau: the noise that steps add is multiplied by it (Appendix G)
     eps_temperature: float = 1.0  # tau: the predicted noise is divided by it (Appendix G)
+    guidance_interval: tuple[float, float] | None = None  # guide only where low < (t + 1) / T <= high; None everywhere, as in the paper (notebook 33)
 
     def __post_init__(self):
-        if self.sampler not in ("ancestral", "ddim"):
-            raise ValueError(f'sampler must be "ancestral" or "ddim", got {self.sampler!r}')
+        if self.sampler not in ("ancestral", "ddim", "dpm++2m", "heun"):
+            raise ValueError(f'sampler must be "ancestral", "ddim", "dpm++2m" or "heun", got {self.sampler!r}')
         if not 0 <= self.eta <= 1 or (self.eta > 0 and self.sampler != "ddim"):
             raise ValueError(f"eta must be in [0, 1], and 0 unless the sampler is ddim, got {self.eta}")
         if self.gradient_at not in ("x_t", "mean") or (self.gradient_at == "mean" and self.sampler != "ancestral"):
@@ -51,8 +55,18 @@ class SamplerConfig:
             raise ValueError(f"guidance_scale must be a finite number of at least 0, got {self.guidance_scale}")
         if not 0 < self.noise_temperature < float("inf") or not 0 < self.eps_temperature < float("inf"):
             raise ValueError(f"temperatures must be positive and finite, got {self.noise_temperature} and {self.eps_temperature}")
-        if self.noise_temperature != 1 and self.sampler == "ddim" and not self.eta:
-            raise ValueError(f"DDIM with eta 0 adds no noise that noise_temperature {self.noise_temperature} could scale: use eps_temperature, or ancestral")
+        if self.noise_temperature != 1 and self.sampler != "ancestral" and not self.eta:
+            name = "DDIM with eta 0" if self.sampler == "ddim" else self.sampler
+            raise ValueError(f"{name} adds no noise that noise_temperature {self.noise_temperature} could scale: use eps_temperature, or ancestral")
+        if self.guidance_interval is not None:
+            self._check_interval(tuple(self.guidance_interval))
+
+    def _check_interval(self, interval: tuple[float, ...]) -> None:
+        if len(interval) != 2 or not 0 <= interval[0] < interval[1] <= 1:
+            raise ValueError(f"guidance_interval must be two fractions of the timesteps, 0 <= low < high <= 1, got {interval}")
+        if not self.guidance_scale:
+            raise ValueError(f"guidance_interval {interval} has no guidance to restrict: set guidance_scale, or leave the interval out")
+        object.__setattr__(self, "guidance_interval", interval)  # JSON has lists
 
 # %% ../nbs/07_sampling.ipynb #26c29a7d
 def ancestral_step(
@@ -122,6 +136,15 @@ def _check_guide(config: SamplerConfig, grad_fn: GradFn | None) -> None:
         raise ValueError(f"guidance_scale is {config.guidance_scale} but there is no classifier: pass grad_fn, or set the scale to 0")
 
 
+def _inside(interval: tuple[float, float] | None, timestep: int, timesteps: int) -> bool:
+    return interval is None or interval[0] < (timestep + 1) / timesteps <= interval[1]
+
+
+def _guide_at(diffusion: GaussianDiffusion, walk: GaussianDiffusion, step: int, config: SamplerConfig, grad_fn: GradFn | None) -> GradFn | None:
+    "The gradient, or None where the interval leaves it out."
+    return grad_fn if _inside(config.guidance_interval, int(walk.timesteps[step]), int(diffusion.timesteps[-1]) + 1) else None
+
+
 def _predict(
     model: Denoiser, walk: GaussianDiffusion, step: int, x_t: Tensor, config: SamplerConfig, conditioning: dict[str, Tensor] | None,
 ) -> Tensor:
@@ -131,6 +154,19 @@ def _predict(
         return output
     channels = x_t.shape[1]
     return torch.cat([output[:, :channels] / config.eps_temperature, output[:, channels:]], dim=1)
+
+
+def _step_function(
+    diffusion: GaussianDiffusion, walk: GaussianDiffusion, config: SamplerConfig, grad_fn: GradFn | None, ask: Callable[[int, Tensor], Tensor], noise: Callable[[int], Tensor],
+) -> Callable[[int, Tensor], Tensor]:  # (step, x_t) -> x_{t-1}
+    "What the chosen sampler does at a step; `ask` is the network."
+    guide = lambda step: _guide_at(diffusion, walk, step, config, grad_fn)
+    if config.sampler in ("dpm++2m", "heun"):
+        from adm_repro.shortcuts import SOLVERS  # a later lesson: the paper does without it
+
+        return SOLVERS[config.sampler](walk, lambda step, x: _ddim_prediction(walk, ask(step, x), x, step, config, guide(step)))
+    take, noisy = (ancestral_step, True) if config.sampler == "ancestral" else (ddim_step, config.eta > 0)
+    return lambda step, x: take(walk, ask(step, x), x, step, noise(step) if noisy and step else None, config, guide(step))
 
 
 @torch.no_grad()
@@ -147,14 +183,23 @@ def sample_loop(
     "Run the reverse process from noise to images; ValueError if guidance has no gradient."
     _check_guide(config, grad_fn)
     walk = diffusion.respaced(config.steps)
-    step_fn = ancestral_step if config.sampler == "ancestral" else ddim_step
-    needs_noise = config.sampler == "ancestral" or config.eta > 0
+    take = _step_function(diffusion, walk, config, grad_fn, lambda step, x: _predict(model, walk, step, x, config, conditioning), noise)
     for step in reversed(range(walk.num_timesteps)):
-        output = _predict(model, walk, step, x_t, config, conditioning)
-        x_t = step_fn(walk, output, x_t, step, noise(step) if needs_noise and step else None, config, grad_fn)
+        x_t = take(step, x_t)
         if callback is not None:
             callback(step, x_t)
     return x_t
+
+# %% ../nbs/07_sampling.ipynb #5ad10c02
+def evaluations(
+    timesteps: int,  # T of the trained process
+    config: SamplerConfig,
+) -> tuple[int, int]:  # of the denoiser, of the classifier's gradient
+    "How often the networks are asked for one image."
+    asked = respaced_timesteps(timesteps, config.steps)
+    if config.sampler == "heun":  # looks at the lower end of each step, too, except of the first and the last
+        asked = asked + asked[:-2]
+    return len(asked), sum(_inside(config.guidance_interval, t, timesteps) for t in asked) if config.guidance_scale else 0
 
 # %% ../nbs/07_sampling.ipynb #7f91cb07
 def image_labels(
@@ -164,6 +209,24 @@ def image_labels(
 ) -> Tensor:  # (N,) int64
     "The class of each image: uniformly random, as in the paper's evaluation."
     return integers(seed, indices, classes, "label")
+
+
+class Diverged(ValueError):
+    "What was sampled is no image."
+
+
+def check_images(
+    images: Tensor,  # (N, C, H, W), nominally in [-1, 1]
+    seed: int,
+    indices: Tensor,  # (N,) int64 image indices
+    far: float = 1e4,  # which no image reaches that a trajectory has led to
+) -> None:
+    "Diverged names the images that are not finite or far outside of their range, which would be stored as black and white pixels."
+    lost = ~(images.flatten(1).abs().amax(1) < far)  # NaN is not less than anything
+    if bool(lost.any()):
+        which = indices[lost.to(indices.device)].tolist()
+        raise Diverged(f"{len(which)} of {len(images)} images of seed {seed} diverged, with values that are not finite{f' or beyond {far:g}' * math.isfinite(far)} (image {', '.join(map(str, which[:5]))}{', ...' * (len(which) > 5)}): "
+                       "lower the guidance scale, take more steps, or use fp32 or bf16 in place of fp16")
 
 
 def sample_images(
@@ -177,10 +240,12 @@ def sample_images(
     conditioning: dict[str, Tensor] | None = None,
     callback: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:  # (N, C, H, W) float32, nominally in [-1, 1]
-    "Sample the images with these indices; each depends on (seed, index) and the settings alone."
+    "Sample the images with these indices; each depends on (seed, index) and the settings alone. Diverged if one is not finite."
     x_t = normals(seed, indices, shape, "initial noise")
-    return sample_loop(model, diffusion, x_t, lambda step: normals(seed, indices, shape, "step noise", step),
-                       config, grad_fn, conditioning, callback)
+    images = sample_loop(model, diffusion, x_t, lambda step: normals(seed, indices, shape, "step noise", step),
+                         config, grad_fn, conditioning, callback)
+    check_images(images, seed, indices, math.inf)
+    return images
 
 
 def to_uint8(
@@ -233,7 +298,7 @@ def ddim_encode(
     walk, x_t = _reversible_walk(diffusion, config, grad_fn, skip_last), x_start
     for step in range(walk.num_timesteps - skip_last):
         output = _predict(model, walk, step, x_t, config, conditioning)
-        clean, eps = _ddim_prediction(walk, output, x_t, step, config, grad_fn)
+        clean, eps = _ddim_prediction(walk, output, x_t, step, config, _guide_at(diffusion, walk, step, config, grad_fn))
         next_abar = walk.alphas_cumprod_next[step]
         x_t = clean * float(next_abar.sqrt()) + eps * float((1 - next_abar).sqrt())
     return x_t
@@ -253,5 +318,5 @@ def ddim_decode(
     walk = _reversible_walk(diffusion, config, grad_fn, skip_last)
     for step in reversed(range(walk.num_timesteps - skip_last)):
         output = _predict(model, walk, step, x_t, config, conditioning)
-        x_t = ddim_step(walk, output, x_t, step, None, config, grad_fn)
+        x_t = ddim_step(walk, output, x_t, step, None, config, _guide_at(diffusion, walk, step, config, grad_fn))
     return x_t
