@@ -1,4 +1,5 @@
 """Each planted wrong formula of mutations.toml is caught by a lesson or a test."""
+import gc
 import json
 import os
 import shutil
@@ -24,6 +25,8 @@ def run_lesson(cells):
 
 
 def lesson_cells(module):
+    if module == "winograd" and not shutil.which("c++"):
+        pytest.skip("needs a C++ compiler")
     path, = (ROOT / "nbs").glob(f"[0-9][0-9]_{module}.ipynb")
     return ["".join(c["source"]) for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
 
@@ -44,8 +47,10 @@ def test_planted_error_is_caught(mutation, tmp_path):
         cells = lesson_cells(mutation["module"])
         changed = [cell.replace(mutation["right"], mutation["wrong"]) for cell in cells]
         assert changed != cells
-        with pytest.raises(Exception):  # noqa: B017 - any failure of a lesson counts
+        with pytest.raises(Exception) as failure:
             run_lesson(changed)
+        del failure
+        gc.collect()  # what the lesson left open is closed here, where warnings are ignored
         return
     shutil.copytree(ROOT / "adm_repro", tmp_path / "adm_repro", ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "adm_repro" / f"{mutation['module']}.py").write_text(module_text.replace(mutation["right"], mutation["wrong"]))

@@ -267,3 +267,15 @@ def test_seeds_below_one_are_refused(root):
         assert result.exit_code == 2 and "--seeds must be at least 1, got 0" in result.output
     with pytest.raises(RunError, match="no size 'tables'"):
         load_experiment("tables")
+
+
+def test_list_says_what_failed_and_what_that_blocks(root):
+    experiment = load_experiment("small")
+    record_of(experiment, "model-seed4", 10.0)
+    write_json(job_folder(experiment, experiment.jobs["model-seed2"]) / "failed.json", {"job": "model-seed2", "reason": "too small", "at": "now"})
+    listed = adm("list", "weak", "model", "--size", "small").output
+    assert re.search(r"table4 +weak +ratio +0/2, 1 blocked ", listed) and re.search(r" +model +ratio +1/2 here, 1 failed ", listed) and "strong" not in listed
+    (weak,) = json.loads(adm("list", "weak", "--size", "small", "--json").output)
+    assert weak["jobs"] == {"weak-seed4": "to do", "weak-seed2": "blocked"} and weak["lines"]["table4"]["fid"] == 4.59 and weak["needs"] == ["model"]
+    by_row = {row["row"]: row for row in json.loads(adm("list", "--size", "small", "--json").output)}
+    assert set(by_row) == {"model", "weak", "strong"} and by_row["model"]["failures"] == {"model-seed2": "too small"}

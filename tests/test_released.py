@@ -1,15 +1,18 @@
 """Steps that fetch released files, from a mirror on this machine."""
 import functools
 import http.server
+import io
 import json
+import os
 import threading
+import zipfile
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
 
-from adm_repro.checkpoints import fetch_batch, load_network, released_network
+from adm_repro.checkpoints import fetch_batch, load_network, released_network, released_url
 from adm_repro.files import DownloadError, sha256
 
 BATCH = "VIRTUAL_imagenet64_labeled.npz"
@@ -52,7 +55,7 @@ def test_a_released_classifier_becomes_a_network_of_a_run(mirror, tmp_path):
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["metrics"]["parameters"] == 42_568_040 and 42 < result["metrics"]["guide_gmacs"] < 44
     (mirror / "64x64_classifier.pt").write_bytes(b"<html>not found</html>")
-    with pytest.raises(ValueError, match="not a file of weights"):
+    with pytest.raises(DownloadError, match="not a file of weights: it is an HTML"):
         run_cells("released", checkpoint="64x64_classifier", run_dir=str(tmp_path))
 
 
@@ -66,6 +69,43 @@ def test_batches_are_fetched_once_and_compared_later(mirror, tmp_path):
     path.write_bytes(b"other")
     with pytest.raises(DownloadError, match="when it was first seen"):
         fetch_batch(BATCH)
+
+
+@pytest.mark.parametrize(("name", "content", "message"), [
+    ("empty.npz", b"", "it is empty"), ("page.npz", b"<html>", "HTML"), ("text.npz?sig=1", b"data", "no .npz archive"), ("huge.npz", {"arr_0.npy": (10**9, 64, 64, 3)}, r"arr_0.npy is uint8 \(1000000000"),
+    ("negative.npz", {"arr_0.npy": (-4, 64, 64, 3)}, "arr_0.npy is uint8"), ("flat.npz", {"arr_0.npy": (100,)}, "arr_0.npy is uint8"), ("broken.npz", {"arr_0.npy": None}, "damaged or encrypted"),
+    ("other.npz", {"x.npy": (100,)}, "neither images"),
+])
+def test_a_batch_of_an_address_is_looked_into(name, content, message, mirror, tmp_path):
+    path = mirror / name.partition("?")[0]
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        with zipfile.ZipFile(path, "w") as archive:
+            for member, shape in content.items():
+                header = io.BytesIO()
+                if shape:
+                    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
+                archive.writestr(member, header.getvalue() + bytes(100))
+    with pytest.raises(DownloadError, match=message):
+        fetch_batch(f"{os.environ['ADM_REPRO_MIRROR']}/{name}")
+    assert not list((tmp_path / "cache").rglob("*.sha256"))
+
+
+def test_the_name_of_a_batch_is_that_of_its_address(mirror):
+    np.savez(mirror / "mine.npz", arr_0=np.zeros((2, 8, 8, 3), np.uint8))
+    assert fetch_batch(f"{os.environ['ADM_REPRO_MIRROR']}/mine.npz?sig=a/b").name == "mine.npz"
+    with pytest.raises(ValueError, match="names no file"):
+        fetch_batch(f"{os.environ['ADM_REPRO_MIRROR']}/folder/")
+
+
+def test_a_mirror_is_an_address_or_a_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("ADM_REPRO_MIRROR", str(tmp_path))
+    assert released_url("a.pt") == f"{tmp_path.as_uri()}/a.pt"
+    for wrong in ("mirror.example.org/x", "/no/folder", "ftp://example.org"):
+        monkeypatch.setenv("ADM_REPRO_MIRROR", wrong)
+        with pytest.raises(ValueError, match=f"ADM_REPRO_MIRROR must be an address .*, or a folder that exists, got '{wrong}'"):
+            released_url("a.pt")
 
 
 @pytest.mark.parametrize(("name", "parameters", "message"), [

@@ -2,8 +2,10 @@
 import ast
 import configparser
 import json
+import math
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -11,6 +13,8 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+
+from adm_repro.speed import load_results, short_table
 
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 LESSONS = [p for p in NOTEBOOKS if p.parent == ROOT / "nbs" and p.stem[:2].isdigit()]
@@ -140,6 +144,19 @@ def test_readme_commands_exist():
         assert (ROOT / path).exists(), f"README links to {path}"
 
 
+def test_commands_in_the_readme_have_their_options():
+    from adm_repro.cli import main
+
+    pages = [ROOT / "README.md", ROOT / "experiments" / "profiles" / "README.md", ROOT / "tests" / "cluster" / "README.md"]
+    lines = [line.split("#")[0] for page in pages for line in page.read_text().splitlines() if re.match(r"(\.venv/bin/)?adm-repro ", line)]
+    assert len(lines) > 10
+    for line in lines:
+        name, *words = shlex.split(line)[1:]
+        words = words[:words.index("--")] if "--" in words else words
+        known = {option for parameter in main.commands[name].params for option in (*parameter.opts, *parameter.secondary_opts)}
+        assert {word.split("=")[0] for word in words if word.startswith("--")} <= known, line
+
+
 def test_ruff_is_clean():
     subprocess.run([sys.executable, "-m", "ruff", "check", "--no-cache", "."], cwd=ROOT, check=True)
 
@@ -159,3 +176,40 @@ def test_benchmark_numbers_in_the_readme_are_the_recorded_ones():
         assert all(text in row for text in shown), (row, shown)
     whole = recorded("whole", "five metrics", "adm_repro")
     assert f"features cached | {whole:#.3g} s |" in readme
+
+
+def test_numbers_of_the_data_loader_in_the_readme_are_the_recorded_ones():
+    rows = [row for row in json.loads((ROOT / "benchmarks" / "results" / "data_loading.json").read_text())["read"]["rows"] if row.get("crop") == "center"]
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    ours = [row for row in rows if row["what"] == "JPEG folder"]
+    said = re.search(r"A core reads about (\d+), (\d+) and (\d+) ImageNet-like images a second at (\d+), (\d+) and (\d+) pixels, "
+                     r"([\d.]+) to ([\d.]+) times as many as the released loader: by prediction ([\d.]+), ([\d.]+) and ([\d.]+) cores feed an H200", readme)
+    numbers = [float(number) for number in said.groups()]
+    assert [row["size"] for row in ours] == numbers[3:6]
+    assert [row["images_per_second_and_core"] for row in ours] == pytest.approx(numbers[:3], rel=0.02)
+    assert [row["cores_per_gpu"]["H200, predicted"] for row in ours] == pytest.approx(numbers[8:], abs=0.05)
+    faster = [row["ours_is_faster_by"] for row in rows if row["what"] == "released loader, JPEG folder"]
+    assert (min(faster), max(faster)) == pytest.approx(tuple(numbers[6:8]), abs=0.05)
+
+
+def test_the_lesson_on_speed_shows_what_the_benchmarks_left():
+    cells = json.loads((ROOT / "nbs" / "35_speed.ipynb").read_text())["cells"]
+    stored = ["".join(output["data"]["text/markdown"]) for cell in cells for output in cell.get("outputs", ()) if "text/markdown" in output.get("data", {})]
+    assert stored == [short_table(load_results())], "execute nbs/35_speed.ipynb again"
+
+
+def test_numbers_of_speed_in_the_readme_are_the_recorded_ones():
+    result = {path.stem: json.loads(path.read_text()) for path in (ROOT / "benchmarks" / "results").glob("*.json")}
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert f"<!-- speed -->\n{short_table(load_results())}\n<!-- end of speed -->" in (ROOT / "README.md").read_text(), "run python benchmarks/table.py"
+    seconds = {row["what"]: row["processor_seconds"] for row in result["startup"]["rows"]}
+    assert f"takes {seconds['adm-repro --help']:.2f} s of processor time, `import adm_repro` {seconds['import adm_repro']:.2f} s" in readme
+    assert f"`import adm_repro.drawing` {seconds['import adm_repro.drawing']:.2f} s, of which torch's own {seconds['import torch']:.2f} s" in readme
+    assert f"{seconds['first image, compiled, empty cache']:.0f} s with an empty and {seconds['first image, compiled, filled cache']:.0f} s with a filled cache" in readme
+    moved = {row["setting"]: row["images"] for row in result["precision"]["rows"] if row["way"] == "bf16"}
+    for steps, setting in (("250", "ancestral 250"), ("25 DDIM", "DDIM 25")):
+        for images in (images for name, images in moved.items() if name.startswith(setting)):
+            said = re.search(rf"by ([\d.]+) % in {steps} steps", readme)
+            assert abs(100 * images["relative_difference"]["50 %"] - float(said[1])) < 0.05 and 0.4 < images["of_two_seeds"]["50 %"] < 0.7
+    deviations = [row["deviation_percent"] for part in result["scaling_cpu"].values() for row in part["rows"]]
+    assert f"was within {10 * math.ceil(max(map(abs, deviations)) / 10)} % of {len(deviations)} whole runs" in readme

@@ -16,9 +16,9 @@ SIZES = sorted(p.parent.name for p in (ROOT / "reports").glob("*/records") if p.
 
 @pytest.fixture(scope="module", params=SIZES)
 def rebuilt(request, tmp_path_factory):
-    """A repository with nothing but the committed records, and the report built from them."""
+    """A repository with nothing but the committed records and results of benchmarks, and the report built from them."""
     root = tmp_path_factory.mktemp("rebuilt")
-    for name in ("experiments", "nbs/paper"):
+    for name in ("experiments", "nbs/paper", "benchmarks/results"):
         shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
     shutil.copytree(ROOT / "reports" / request.param / "records", root / "reports" / request.param / "records")
     result = adm(root, "report", "--size", request.param)
