@@ -16,7 +16,7 @@ help:
 $(READY): settings.ini setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else "adm_repro needs Python 3.11 or newer, this is %d.%d; try make PYTHON=python3.12" % v[:2])'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --constraint constraints.txt --editable '.[reproduce,dev]'
+	$(BIN)/python -m pip install --quiet --quiet $(PIP_ARGS) --constraint constraints.txt --editable '.[reproduce,dev]'
 	@touch $(READY)
 
 setup: $(READY)
@@ -25,8 +25,8 @@ reproduce: $(READY)
 	$(BIN)/adm-repro reproduce --size $(SIZE)
 
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 $(if $(shell command -v c++),--flags compiler)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadgroup
 
 clean:
 	rm -rf $(VENV) runs
