@@ -15,7 +15,7 @@ import soak
 def series(loop, count=40, **changes):
     """Rounds without growth, with noise and a warm-up; `changes` map a measure to its values."""
     draw = np.random.default_rng(0)
-    rounds = [{name: float(5e8 + 1e6 * draw.standard_normal() - 2e8 * (i == 0)) for name in soak.MARGINS[loop]} | {name: 3 for name in soak.COUNTS[loop]} | {"failed": ""} for i in range(count)]
+    rounds = [{name: float(5e8 + 1e6 * draw.standard_normal() - 2e8 * (i == 0)) for name in soak.MARGINS[loop]} | dict.fromkeys(soak.COUNTS[loop], 3) | {"failed": ""} for i in range(count)]
     for name, values in changes.items():
         for entry, value in zip(rounds, values):
             entry[name] = entry[name] + value

@@ -1,4 +1,5 @@
 """What is installed in CI is what was pinned, by hash."""
+import ast
 import re
 import sys
 from importlib.metadata import distributions
@@ -43,3 +44,13 @@ def test_actions_are_pinned_and_can_only_read():
     uses = re.findall(r"uses: (\S+)", text)
     assert uses and all(re.fullmatch(r"[\w-]+/[\w-]+@[0-9a-f]{40}", one) for one in uses)
     assert "permissions:\n  contents: read\n" in text and "write" not in text
+
+
+def test_installing_runs_nothing_but_setuptools():
+    """What SECURITY.md says of setup.py."""
+    tree = ast.parse((ROOT / "setup.py").read_text())
+    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names} | {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert imported == {"configparser", "pathlib", "setuptools"}
+    called = {ast.unparse(node.func).split(".")[-1] for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    assert called == {"Path", "ConfigParser", "read", "split", "removesuffix", "endswith", "setup", "read_text"}
+    assert "cmdclass" not in {word.arg for node in ast.walk(tree) if isinstance(node, ast.Call) for word in node.keywords}
