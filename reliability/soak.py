@@ -32,7 +32,7 @@ import psutil
 from scipy.stats import theilslopes
 
 ROOT = Path(__file__).resolve().parent.parent
-WARM_UP, ENOUGH = 3, 6  # rounds
+WARM_UP, ENOUGH = {"command": 1, "process": 3}, 5  # rounds; a command begins anew each time, so that only caches warm up
 MARGINS = {  # bytes per round below which a slope is noise: pages are 4096 bytes, a round's largest memory is sampled
     "command": {"peak_memory": 1 << 20, "output_bytes": 4096, "tmp_bytes": 512, "home_bytes": 512, "cache_bytes": 512, "other_bytes": 512},
     "process": {"memory": 16 << 10, "tmp_bytes": 512, "home_bytes": 512, "cache_bytes": 512},
@@ -50,7 +50,7 @@ def slope(values: Sequence[float]) -> tuple[float, float, float]:
 
 def growth(loop: str, rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The verdict on a loop's rounds; "grows" names what does, and is None if there are too few rounds."""
-    warm = max(WARM_UP, len(rounds) // 10)
+    warm = max(WARM_UP[loop], len(rounds) // 10)
     after = rounds[warm:]
     failed = sorted({entry["failed"] for entry in rounds if entry.get("failed")})
     if len(after) < ENOUGH:
@@ -139,6 +139,11 @@ def command_round(home: Path, size: str, patience: float) -> dict[str, Any]:
             failed = "" if process.wait(timeout=patience) == 0 else f"exit status {process.returncode}: {(home / 'log').read_text()[-300:]}"
         except subprocess.TimeoutExpired:
             failed = "not done when the soak ended"
+        except BaseException:  # the soak is ended: so is what it started
+            for member in family.left():
+                with contextlib.suppress(psutil.Error):
+                    member.kill()
+            raise
         finally:
             family.over.set()
             family.join()

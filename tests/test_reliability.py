@@ -34,7 +34,7 @@ def test_noise_is_no_growth_and_every_planted_leak_is_found(loop):
 
 
 def test_few_rounds_give_no_verdict_and_failures_are_told():
-    rounds = series("process", 8)
+    rounds = series("process", 7)
     rounds[2]["failed"] = "ValueError: x"
     verdict = soak.growth("process", rounds)
     assert verdict["grows"] is None and verdict["failed"] == ["ValueError: x"]
