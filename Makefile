@@ -6,17 +6,19 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: setup reproduce test clean help
+.PHONY: setup reproduce test constraints clean help
 
 help:
 	@echo "make setup                               only .venv, with adm-repro in .venv/bin"
 	@echo "make reproduce [SIZE=smoke|digits|...]  run everything of a size and write reports/SIZE/index.html"
 	@echo "make test                            the lessons, then the tests"
+	@echo "make constraints                     requirements-ci.txt anew from constraints.txt (needs uv)"
 
-$(READY): settings.ini setup.py constraints.txt
+$(READY): settings.ini setup.py constraints.txt requirements-ci.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else "adm_repro needs Python 3.11 or newer, this is %d.%d; try make PYTHON=python3.12" % v[:2])'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --quiet $(PIP_ARGS) --constraint constraints.txt --editable '.[reproduce,dev]'
+	$(BIN)/python -m pip install --quiet --quiet $(PIP_ARGS) --require-hashes --no-deps --requirement requirements-ci.txt
+	$(BIN)/python -m pip install --quiet --quiet $(PIP_ARGS) --constraint constraints.txt --no-build-isolation --editable '.[reproduce,dev]'
 	@touch $(READY)
 
 setup: $(READY)
@@ -27,6 +29,9 @@ reproduce: $(READY)
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 $(if $(shell command -v c++),--flags compiler)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadgroup
+
+constraints:
+	$(PYTHON) reliability/constraints.py
 
 clean:
 	rm -rf $(VENV) runs
