@@ -36,7 +36,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import processes
-from .files import array_header, check_room, read_array, read_json, replacing, setting_differences, write_json
+from .files import abandoned, array_header, check_room, read_array, read_json, replacing, setting_differences, write_json
 
 # %% ../nbs/21_batches.ipynb #ed40777c
 SampleBlock = Callable[[Tensor], tuple[np.ndarray | Tensor, np.ndarray | Tensor]]  # image indices -> (n, H, W, C) uint8 images, (n,) int64 labels; tensors may be on a GPU
@@ -226,10 +226,10 @@ def _patiently(
 
 
 def _sweep(folder: Path) -> None:
-    "Remove blocks that killed processes began; what is younger than an hour may be another process at work."
-    for leftover in folder.glob(".block_*.tmp*"):
-        with contextlib.suppress(OSError):
-            if abs(time.time() - leftover.stat().st_mtime) > 3600:  # a clock can be set back
+    "Remove what killed processes began, and nobody is at work on."
+    for leftover in folder.glob(".*.tmp*"):
+        if abandoned(leftover):
+            with contextlib.suppress(OSError):
                 leftover.unlink()
 
 
@@ -374,9 +374,9 @@ def sample_to_folder(
     rank, world = (processes.rank(), processes.world()) if rank is None else (rank, world or 1)
     run = _Run(sample_block, block_indices(count, block_size), Path(folder), block_size, image_shape)
     claim(folder, settings | {"count": count, "block_size": block_size})
+    _sweep(run.folder)
     if assembled(folder):
         return
-    _sweep(run.folder)
     own = range(rank, len(run.blocks), world)
     for block in own:
         run.remove_if_damaged(block)

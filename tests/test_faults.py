@@ -311,6 +311,28 @@ def test_a_changed_model_is_another_drawing(done, tmp_path):
     refused(adm(*sample(tmp_path, tmp_path / "drawn")), f"{tmp_path}/drawn holds samples of other settings (model.sha256", "use another folder")
 
 
+def test_what_a_killed_process_began_is_removed_and_what_another_writes_is_kept(done, tmp_path):
+    """Right after the kill: a writer holds a lock on its temporary file, and a process that has ended holds none."""
+    shutil.copytree(done / "drawn", tmp_path / "drawn")
+    blocks = tmp_path / "drawn" / "blocks"
+    for name in ("samples.npz", "blocks/assembled.json", "blocks/block_000002.npz"):
+        (tmp_path / "drawn" / name).unlink()
+    code = f"import time; from adm_repro.files import replacing\nwith replacing({str(blocks / 'block_000002.npz')!r}): print('began', flush=True); time.sleep(600)"
+    writers = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT) for _ in range(2)]
+    try:
+        assert [writer.stdout.readline() for writer in writers] == ["began\n"] * 2
+        assert len(list(blocks.glob(".block_000002.npz.*.tmp.npz"))) == 2
+        writers[0].kill()
+        writers[0].wait()
+        assert adm(*sample(done, tmp_path / "drawn"))[0] == 0
+        assert len(list(blocks.glob(".block_000002.npz.*.tmp.npz"))) == 1
+        assert (tmp_path / "drawn" / "samples.npz").read_bytes() == (done / "drawn" / "samples.npz").read_bytes()
+    finally:
+        for writer in writers:
+            writer.kill()
+            writer.communicate()
+
+
 # clocks
 
 
