@@ -501,9 +501,11 @@ def provenance() -> dict[str, Any]:
 def hardware() -> str:
     "The processor and, if there is one, the GPU."
     with contextlib.suppress(OSError):
-        models = [line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        lines = [[part.strip() for part in line.partition(":")[::2]] for line in Path("/proc/cpuinfo").read_text().splitlines()]
+        models, about = [value for name, value in lines if name == "model name"], dict(reversed(lines))  # of the first processor
         if models:
-            return ", ".join([f"{len(models)} x {models[0]}", *(gpu["name"] for gpu in described_gpus("name"))])
+            kind = f" (family {about['cpu family']}, model {about['model']})" if {"cpu family", "model"} <= about.keys() else ""  # virtual machines give many kinds one name
+            return ", ".join([f"{len(models)} x {models[0]}{kind}", *(gpu["name"] for gpu in described_gpus("name"))])
     return ", ".join([platform.processor() or platform.machine(), *(gpu["name"] for gpu in described_gpus("name"))])
 
 

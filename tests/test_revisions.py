@@ -32,7 +32,7 @@ def test_declared_jobs_are_committed_records():
 
 @pytest.mark.parametrize("id", QUICK)
 def test_a_committed_record_can_be_made_again(id, tmp_path, monkeypatch):
-    """The same result as committed: byte for byte on the record's kind of processor, to 1 % or an image of a hundred on another."""
+    """The same result as committed: byte for byte on the record's kind of processor, to 1 % or an image of a hundred on another, or where the record does not say which it was."""
     assert any(id in revision["jobs"] for revision in REVISIONS)
     monkeypatch.setenv("ADM_REPRO_RUNS", str(tmp_path))
     subprocess.run([sys.executable, "-m", "adm_repro.cli", "run", id, "--quiet"], cwd=ROOT, check=True)
