@@ -9,8 +9,8 @@ import sys
 import time
 
 import pytest
-from PIL import Image
 from conftest import ROOT
+from PIL import Image
 
 TINY = """
 title = "Tiny"
