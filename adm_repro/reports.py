@@ -92,7 +92,7 @@ def report_key(experiment: Experiment) -> str:  # 64 hexadecimal digits
     "Hash of everything that a finished report depends on: the experiment, its jobs, the section notebooks, what benchmarks left, and this module."
     notebooks = [notebook_hash(notebook_path(name)) for name in (*experiment.sections, "report")]
     keys = [job_key(experiment, job) for job in experiment.jobs.values()]
-    own = [files("adm_repro").joinpath(name).read_text() for name in ("verdicts.py", "reports.py", "cost.py", "speed.py", "released.json", "report.html", "paper.json")]
+    own = [files("adm_repro").joinpath(name).read_text() for name in ("verdicts.py", "reports.py", "cost.py", "gallery.py", "speed.py", "released.json", "report.html", "paper.json")]
     places = [[id, job.tables, job.paper, job.note] for id, job in experiment.jobs.items()]
     timed = [path.read_text() for path in sorted(project_root().glob("benchmarks/results/*.json"))] if "speed" in experiment.sections else []
     parts = [experiment.size, experiment.title, experiment.note, experiment.full_size, notebooks, places, keys, own, timed]

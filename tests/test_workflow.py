@@ -10,13 +10,14 @@ import time
 
 import pytest
 from conftest import ROOT
+from PIL import Image
 
 TINY = """
 title = "Tiny"
 note = "Only for tests."
 seeds = [0]
 threads = 1
-sections = ["theory", "table4", "figure4", "table14"]
+sections = ["theory", "table4", "figure4", "table14", "gallery"]
 [notebooks.sample]
 needs = { features = "features", classifier = "classifier", model = "conditional" }
 parameters = { num_samples = 16, block_size = 8, steps = "3" }
@@ -90,6 +91,29 @@ def test_one_line_for_each_job(undisturbed):
     assert [line.split("]")[0] for line in lines[1:-1]] == [f"[{i}/5" for i in range(1, 6)] and lines[-2].endswith("writing the report")
     assert {line.split()[1] for line in lines[1:-1]} == {"features", "conditional-seed0", "classifier-seed0", "plain-seed0", "guided-seed0"}
     assert "frechet_distance" in next(line for line in lines if "guided-seed0 done in" in line)
+
+
+def test_a_picture_of_the_gallery_is_drawn_again(undisturbed):
+    """Alone, and without what it needs; the report's grid shows the same."""
+    text = (undisturbed / "reports" / "tiny" / "README.md").read_text()
+    assert "adm-repro picture guided-seed0 0 --size tiny" in text and "(figures/gallery-conditional-3-steps-ancestral-guidance-scale-changes.png)" in text
+    result = adm(undisturbed, "picture", "guided-seed0", "11", "2", "--size", "tiny", "--json")
+    assert result.returncode == 0, result.stderr
+    said = json.loads(result.stdout)
+    record = next(record for name, record in records(undisturbed).items() if name.startswith("guided-seed0"))["result"]
+    assert said["labels"][1] == record["first_labels"][2] and said["difference_to_record"] <= 1
+    with Image.open(undisturbed / said["file"]) as picture:
+        assert picture.size == (2 * 128 + 8, 128)
+    (trained,) = (undisturbed / "runs" / "tiny").glob("conditional-seed0-*")
+    shutil.move(trained, undisturbed / "kept")
+    again = adm(undisturbed, "picture", "guided-seed0", "2", "--size", "tiny", "--out", "again.png")
+    assert again.returncode == 0 and again.stderr.startswith("conditional-seed0 done in") and "as the record shows it" in again.stdout, again.stdout + again.stderr
+    shutil.rmtree(trained)
+    shutil.move(undisturbed / "kept", trained)
+    for arguments, message in ((["guided-seed0", "16"], "images 0 to 15, it has no 16"), (["conditional-seed0", "0"], "draws no images; rows of tiny that do: guided, plain"),
+                               (["guided-seed0", "0", "--out", "nowhere/x.png"], "nowhere is no folder")):
+        refused = adm(undisturbed, "picture", *arguments, "--size", "tiny")
+        assert refused.returncode == 2 and message in refused.stderr and "Traceback" not in refused.stderr
 
 
 def test_everything_is_there(undisturbed):
