@@ -61,10 +61,10 @@ def test_speed_at_a_glance_is_the_recorded_one():
         return next(row[key] for row in results["evaluator"][section]["rows"] if row["what"].startswith(what) and row["who"] == who)
 
     ours = seconds("frechet", "Frechet", "adm_repro")
-    assert f"| {seconds('frechet', 'Frechet', 'original evaluator') / ours:.1f} ({seconds('frechet', 'Frechet', 'torch-fidelity') / ours:.1f} times torch-fidelity)" in said["Frechet distance of 2048 features"]
-    assert f"| {seconds('precision_recall', 'precision', 'original evaluator') / seconds('precision_recall', 'precision', 'adm_repro'):.1f} |" in said["precision and recall, 10,000 against 10,000"]
+    assert f"| {seconds('frechet', 'Frechet', 'original evaluator') / ours:.1f} ({seconds('frechet', 'Frechet', 'torch-fidelity') / ours:.1f} times torch-fidelity)" in said["scoring: Frechet distance of 2048 features"]
+    assert f"| {seconds('precision_recall', 'precision', 'original evaluator') / seconds('precision_recall', 'precision', 'adm_repro'):.1f} |" in said["scoring: precision and recall, 10,000 against 10,000"]
     ratio = seconds("inception", "Inception, 64", "adm_repro", "images_per_second") / seconds("inception", "Inception, 64", "torch-fidelity", "images_per_second")
-    assert f"| {ratio:.1f} times torch-fidelity |" in said["Inception"]
+    assert f"| {ratio:.1f} times torch-fidelity |" in said["scoring: Inception"]
     table = README.split("<!-- speed -->")[1]
     plain, tiles = (re.search(rf"guided step with `{flags}` against the original \|.*/ ([\d.]+)x", table)[1] for flags in ("--fast", "--fast --winograd"))
     assert f"| {plain} ({tiles} with the opt-in Winograd convolutions) |" in said["guided step, ADM 64"]
