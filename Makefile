@@ -14,7 +14,7 @@ help:
 	@echo "make test                            the lessons, then the tests"
 	@echo "make constraints                     requirements-ci.txt anew from constraints.txt (needs uv)"
 
-$(READY): settings.ini setup.py constraints.txt requirements-ci.txt
+$(READY): pyproject.toml constraints.txt requirements-ci.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else "adm_repro needs Python 3.11 or newer, this is %d.%d; try make PYTHON=python3.12" % v[:2])'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --quiet $(PIP_ARGS) --require-hashes --no-deps --requirement requirements-ci.txt
