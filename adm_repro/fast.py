@@ -204,6 +204,7 @@ class Kit:
     "What takes the place of the plain network's layers."
 
     method: Callable[[Tensor, Tensor | None, int], Convolve] | None = None  # of a `FrozenConv`; None leaves convolutions to torch
+    norm_act: Callable[..., Tensor] = norm_act  # called as that of this lesson
     folds: bool = True  # a convolution of a doubled image into one of the small image
 
     def conv(self, conv: nn.Conv1d | nn.Conv2d) -> nn.Module:
@@ -233,7 +234,7 @@ class FastResBlock(nn.Module):
 
     def __init__(self, block: ResBlock, kit: Kit):
         super().__init__()
-        self.adagn, self.rescale, self.resample = block.adagn, block.rescale, block.resample
+        self.norm_act, self.adagn, self.rescale, self.resample = kit.norm_act, block.adagn, block.rescale, block.resample
         self.norms = nn.ModuleList([block.in_layers["0"], block.out_layers["0"]])
         self.first = (kit.up if block.resample == "up" else kit.conv)(block.in_layers["2"])
         self.second = kit.conv(block.out_layers["3"])
@@ -244,13 +245,13 @@ class FastResBlock(nn.Module):
         x: Tensor,  # (N, C_in, H, W)
         modulation: Tensor,  # (N, 2 C_out) or, without AdaGN, (N, C_out): of `modulating_projection`
     ) -> Tensor:  # (N, C_out, H', W')
-        h = norm_act(x, self.norms[0])
+        h = self.norm_act(x, self.norms[0])
         if self.resample == "down":
             h, x = F.avg_pool2d(h, 2), F.avg_pool2d(x, 2)
         h = self.first(h)
         if self.resample == "up":
             x = F.interpolate(x, scale_factor=2, mode="nearest")
-        h = norm_act(h, self.norms[1], modulation) if self.adagn else norm_act(h + modulation.to(h.dtype)[:, :, None, None], self.norms[1])
+        h = self.norm_act(h, self.norms[1], modulation) if self.adagn else self.norm_act(h + modulation.to(h.dtype)[:, :, None, None], self.norms[1])
         h = self.skip(x) + self.second(h)
         return h / math.sqrt(2) if self.rescale else h
 
@@ -260,14 +261,14 @@ class FastAttention(nn.Module):
 
     def __init__(self, block: AttentionBlock, kit: Kit):
         super().__init__()
-        self.heads, self.new_order, self.rescale, self.norm = block.heads, block.new_order, block.rescale, block.norm
+        self.norm_act, self.heads, self.new_order, self.rescale, self.norm = kit.norm_act, block.heads, block.new_order, block.rescale, block.norm
         self.qkv, self.proj_out = kit.conv(block.qkv), kit.conv(block.proj_out)
 
     def forward(
         self,
         x: Tensor,  # (N, C, H, W)
     ) -> Tensor:  # (N, C, H, W)
-        qkv = self.qkv(norm_act(x, self.norm, act=False)).permute(0, 2, 3, 1)
+        qkv = self.qkv(self.norm_act(x, self.norm, act=False)).permute(0, 2, 3, 1)
         q, k, v = split_qkv(qkv.flatten(1, 2), self.heads, self.new_order)
         attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(*qkv.shape[:3], -1)
         h = x + self.proj_out(attended.permute(0, 3, 1, 2))
@@ -288,7 +289,7 @@ def _convolves(kind: str, precision: str, compiled: bool, winograd: bool) -> Kit
     from adm_repro import winograd as tiles  # a later lesson: nothing else needs a compiler
 
     tiles.kernels()
-    return Kit(tiles.winograd, folds=False)
+    return Kit(tiles.winograd, tiles.compiled_norm_act, folds=False)
 
 
 def _stacked_projections(
@@ -364,7 +365,7 @@ class FastNetwork(nn.Module):
         h = _run_stage(net.middle_block, h, modulations)
         for stage in getattr(net, "output_blocks", ()):
             h = _run_stage(stage, torch.cat([h, skips.pop()], dim=1), modulations)
-        h = norm_act(h.float(), net.out["0"])  # from here on everything is float32
+        h = self.kit.norm_act(h.float(), net.out["0"])  # from here on everything is float32
         return net.out["2"](h) if "2" in net.out else net.out["3"](h.mean((2, 3), keepdim=True)).flatten(1)
 
     def forward(

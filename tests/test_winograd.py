@@ -17,6 +17,7 @@ from conftest import distance, randomised, save_small_models
 from adm_repro import fast as fast_module
 from adm_repro import tools
 from adm_repro import winograd as module
+from adm_repro.blocks import GroupNorm32
 from adm_repro.classifier import ClassifierConfig, NoisyClassifier, log_prob_grad
 from adm_repro.cli import main
 from adm_repro.fast import FastNetwork, FrozenConv, Packed
@@ -67,6 +68,30 @@ def test_bits_do_not_depend_on_parts_threads_or_what_was_computed_before():
         torch.set_num_threads(threads)
     conv.part = 7
     assert distance(conv(x), expected) < 1e-6 and conv(x).isfinite().all()
+
+
+@compiles
+@pytest.mark.parametrize("channels", (32, 96, 320))
+def test_normalisation_does_not_depend_on_threads_or_other_images(channels):
+    """Parts of different images and channels meet in no sum, forward or backward, and are whole groups."""
+    generator = torch.Generator().manual_seed(channels)
+    norm, (x, grad) = GroupNorm32(channels).requires_grad_(False), (torch.randn(3, channels, 9, 8, generator=generator) for _ in range(2))
+
+    def run(x, grad):
+        x = x.clone().requires_grad_()
+        y = module.compiled_norm_act(x, norm)
+        return y.detach(), torch.autograd.grad(y, x, grad)[0]
+
+    expected, threads = run(x, grad), torch.get_num_threads()
+    try:
+        for count in (2, 4, 7):
+            torch.set_num_threads(count)
+            assert all(torch.equal(found, one) for found, one in zip(run(x, grad), expected))
+    finally:
+        torch.set_num_threads(threads)
+    x[1] = float("nan")
+    for found, one in zip(run(x, grad), expected):
+        assert torch.equal(found[[0, 2]], one[[0, 2]]) and found[1].isnan().all()
 
 
 @compiles
