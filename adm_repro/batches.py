@@ -33,10 +33,9 @@ import torch
 from filelock import FileLock, Timeout
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from . import processes
-from .files import abandoned, array_header, check_room, read_array, read_json, replacing, setting_differences, write_json
+from .files import Progress, abandoned, array_header, check_room, read_array, read_json, replacing, setting_differences, write_json
 
 # %% ../nbs/21_batches.ipynb #ed40777c
 SampleBlock = Callable[[Tensor], tuple[np.ndarray | Tensor, np.ndarray | Tensor]]  # image indices -> (n, H, W, C) uint8 images, (n,) int64 labels; tensors may be on a GPU
@@ -319,7 +318,7 @@ class _Run:
         images, labels, size = compute_in_parts(self.sample_block, indices, min(self.size, len(indices)))
         if size < len(indices):
             if size < self.size:
-                tqdm.write(f"{len(indices)} images do not fit into memory: they are computed {size} at a time", file=sys.stderr)
+                Progress.write(f"{len(indices)} images do not fit into memory: they are computed {size} at a time", file=sys.stderr)
             self.size = size
             write_json(path.with_suffix(".json"), {"computed_size": size})
         elif path.with_suffix(".json").exists():
@@ -366,7 +365,7 @@ def sample_to_folder(
     settings: dict[str, Any],  # everything the images depend on, as JSON; a folder belongs to one setting
     rank: int | None = None,  # this process; by default torchrun says which, and it waits for the others
     world: int | None = None,  # number of processes that share the folder
-    progress: bool = True,  # the first process shows a bar if standard error is a terminal
+    progress: bool = True,  # the first process says on standard error how far it is
     image_shape: tuple[int, ...] | None = None,  # (H, W, C), to look beforehand whether there is room on the disk
 ) -> None:
     "Make this process's blocks that do not exist yet; ValueError if the folder belongs to other settings, OSError if the disk is full, MemoryError."
@@ -382,7 +381,7 @@ def sample_to_folder(
         run.remove_if_damaged(block)
     if image_shape:
         check_disk(folder, run.needed())
-    with tqdm(total=count, initial=images_done(folder), desc="samples", unit="image", disable=None if progress and rank == 0 else True) as bar:
+    with Progress(total=count, initial=images_done(folder), desc="samples", unit="image", shown=progress and rank == 0) as bar:
         def show() -> None:
             bar.update(0 if bar.disable else images_done(folder) - bar.n)
 

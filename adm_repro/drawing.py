@@ -28,7 +28,6 @@ import numpy as np
 import torch
 from filelock import FileLock
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from adm_repro.batches import (
     DamagedBatch,
@@ -48,7 +47,7 @@ from .cost import StepTime, forward_macs, guide_macs, machine, parameter_count, 
 from .diffusion import respaced_timesteps
 from .fast import FastNetwork
 from .features import weights_sha256
-from .files import cache_folder, read_json, write_json
+from .files import Progress, cache_folder, read_json, write_json
 from .inception import full_float32
 from .pretrained import Pretrained
 from .processes import out_of_memory, own_device, process_group, rank, world
@@ -479,7 +478,7 @@ def _first_block_timed(sample_block: SampleBlock, count: int, folder: Path) -> S
                 torch.cuda.synchronize(made[0].device)
             said, rate, left = True, len(indices) / (time.perf_counter() - start), count - images_done(folder) - len(indices)
             if left > 60 * rate * world():
-                tqdm.write(f"{rate:.3g} images/s and process; the other {left:,} images take about {left / rate / world() / 60:,.1f} min", file=sys.stderr)
+                Progress.write(f"{rate:.3g} images/s and process; the other {left:,} images take about {left / rate / world() / 60:,.1f} min", file=sys.stderr)
         return made
 
     return timed

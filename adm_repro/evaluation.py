@@ -24,10 +24,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
-from tqdm import tqdm
 
 from .features import FeatureSpace, extract
-from .files import check_room, naming, replacing
+from .files import Progress, check_room, naming, replacing
 from .inception import full_float32
 from adm_repro.metrics import (
     FeatureStatistics,
@@ -110,7 +109,7 @@ def measure_images(
         check_writable(path)
     streaming: dict[str, StreamingStatistics] = {}
     kept: dict[str, list[np.ndarray]] = {layer: [] for layer in keep}
-    with tqdm(total=source.count, desc=Path(source.name).name, unit="image", disable=None) as bar:
+    with Progress(total=source.count, desc=Path(source.name).name, unit="image") as bar:
         for layers in extract(space, source.read(batch_size)):
             for layer, features in layers.items():
                 streaming.setdefault(layer, StreamingStatistics()).update(features)
@@ -325,7 +324,7 @@ def evaluate(
                 redraw[space.metric_names[metric]] = partial(_share, inside), len(inside)
     if "kernel" in by_image:
         values[space.metric_names["kernel"]], _ = kernel_distance(real.features[space.main], fake.features[space.main], _SUBSET)
-    bar = tqdm(redraw.items() if resamples else (), desc="bootstrap", unit="metric", disable=None)
+    bar = Progress(redraw.items() if resamples else (), desc="bootstrap", unit="metric")
     intervals = {name: bootstrap_interval(statistic, count, resamples) for name, (statistic, count) in bar}
     statistics = dict.fromkeys(frechet.values(), f"of {reference.count} images")
     statistics |= {name: "stored" + (f" (of {stored[layer].count} images)" if stored[layer].count else "") for layer, name in frechet.items() if layer in stored}

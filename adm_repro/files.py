@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['plain', 'naming', 'read_json', 'replacing', 'sweep', 'abandoned', 'write_json', 'setting_differences', 'sha256',
            'sha256_arrays', 'array_header', 'check_unpacked', 'read_array', 'as_text', 'InUse', 'holding', 'check_room',
-           'cache_folder', 'DownloadError', 'check_cache_room', 'kept_sha256', 'download']
+           'Progress', 'cache_folder', 'DownloadError', 'check_cache_room', 'kept_sha256', 'download']
 
 # %% ../nbs/09_files.ipynb #aaa944b6
 import contextlib
@@ -19,6 +19,7 @@ import os
 import platform
 import re
 import shutil
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -290,6 +291,78 @@ def check_room(
     if needed > (free := shutil.disk_usage(there).free):
         raise refusal(f"{folder}: {needed:,} bytes are needed for {purpose}, and {free:,} are free: make room, or {remedy}")
 
+# %% ../nbs/09_files.ipynb #b0f3a002
+def _watched() -> bool:
+    "Whether standard error is a terminal that can go back to the start of a line, or a notebook."
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return "IPKernelApp" in getattr(shell, "config", ()) or (sys.stderr.isatty() and os.environ.get("TERM") != "dumb")
+
+
+def _lines_apart() -> float | None:  # seconds; None for a bar, infinity for silence
+    "How progress is shown here; ADM_REPRO_PROGRESS says otherwise: bar, none, or a number of seconds for lines."
+    said = os.environ.get("ADM_REPRO_PROGRESS") or "auto"
+    if said in ("bar", "none", "auto"):
+        return math.inf if said == "none" else None if said == "bar" or _watched() else 30.0
+    with contextlib.suppress(ValueError):
+        if (seconds := float(said)) >= 0:
+            return seconds
+    raise OSError(f"ADM_REPRO_PROGRESS must be auto, bar, none, or a number of seconds between lines, got {said!r}")
+
+
+def _width() -> dict[str, Any]:
+    "Follow the terminal's width, if it has one."
+    with contextlib.suppress(OSError, ValueError):
+        if os.get_terminal_size(sys.stderr.fileno()).columns > 0:
+            return {"dynamic_ncols": True}
+    return {"ncols": 100}
+
+
+class Progress(tqdm):
+    "tqdm on standard error where somebody watches; elsewhere lines, the first after `apart` seconds, then up to ten minutes apart, and a last one. OSError for a bad ADM_REPRO_PROGRESS."
+
+    monitor_interval = 0  # no thread beside processes that fork
+    apart, disable = None, True  # until it has begun
+
+    def __init__(self, *iterable: Any, shown: bool = True, **options: Any) -> None:
+        self.apart, self.began, self.said = _lines_apart(), time.monotonic(), -1
+        self.next = self.began + (self.apart or 0.0)
+        super().__init__(*iterable, file=sys.stderr, disable=not shown or self.apart == math.inf, **_width(), **options)
+
+    def line(self) -> str:
+        "Done, in all, rate and expected time, as text."
+        amount = (lambda n: f"{n:,.0f}") if self.unit != "B" else lambda n: f"{self.format_sizeof(n)}B"
+        rate = (self.n - self.initial) / max(time.monotonic() - self.began, 1e-9)
+        parts = [f"{amount(self.n)} of {amount(self.total)} ({self.n / self.total:.0%})" if self.total else amount(self.n)]
+        parts += [f"{self.format_sizeof(rate)}B/s" if self.unit == "B" else f"{rate:.3g} {self.unit}/s"] * (rate > 0)
+        parts += [f"about {self.format_interval((self.total - self.n) / rate)} left"] * bool(self.total and rate > 0 and self.n < self.total)
+        return f"{self.desc.removesuffix(': ')}: {', '.join(parts)}" + (f", {self.postfix}" if self.postfix else "")
+
+    def say(self) -> None:
+        now = time.monotonic()
+        self.said, self.next = self.n, now + min(max(self.apart, (now - self.began) / 20), max(self.apart, 600.0))
+        self.fp.write(self.line() + "\n")
+        self.fp.flush()
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> bool:
+        if self.apart is None:
+            return super().display(msg, pos)
+        if time.monotonic() >= self.next and self.n > self.initial:
+            self.say()
+        return True
+
+    def clear(self, nolock: bool = False) -> None:
+        if self.apart is None:
+            super().clear(nolock)
+
+    def close(self) -> None:
+        if self.apart is None or self.disable:
+            return super().close()
+        self.disable = True
+        self._decr_instances(self)
+        if self.n > max(self.said, self.initial) and (self.said >= 0 or self.apart == 0):
+            self.say()
+        return None
+
 # %% ../nbs/09_files.ipynb #28a3a8da
 def cache_folder() -> Path:
     "Where downloads and features are kept: `ADM_REPRO_CACHE`, or `adm_repro` in the user's cache folder."
@@ -372,7 +445,7 @@ def _fetch(url: str, part: Path, timeout: float) -> None:
         length = response.headers.get("Content-Length")
         total = have + int(length) if length else None
         check_cache_room(part.parent, int(length or 0))
-        with tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=part.stem, disable=None) as bar:
+        with Progress(total=total, initial=have, unit="B", unit_scale=True, desc=part.stem) as bar:
             while chunk := response.read1(1 << 20):
                 file.write(chunk)
                 bar.update(len(chunk))

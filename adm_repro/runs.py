@@ -50,7 +50,7 @@ def project_root() -> Path:
     for folder in (start, *start.parents):
         if (folder / "experiments").is_dir() and (folder / "nbs" / "paper").is_dir():
             return folder
-    raise RunError(f"{start} is not inside the adm_repro repository: change into your clone, or set ADM_REPRO_ROOT to it")
+    raise RunError(f"{start} is not inside the adm_repro repository, which holds the experiments: change into your clone, or set ADM_REPRO_ROOT to it (git clone https://github.com/adm-repro/adm_repro makes one)")
 
 
 def sizes() -> list[str]:
@@ -369,7 +369,7 @@ def job_recipe(experiment: Experiment, job: Job) -> str:  # 64 hexadecimal digit
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-_NOT_IN_RESULTS = {"cli", "drawing", "graphs", "paper", "presets", "pretrained", "profiling", "reports", "runs", "speed", "tools", "verdicts", "winograd", "_modidx"}  # modules that no measured number passes through
+_NOT_IN_RESULTS = {"cli", "drawing", "graphs", "paper", "presets", "pretrained", "profiling", "reports", "runs", "speed", "tools", "verdicts", "winograd", "__main__", "_modidx"}  # modules that no measured number passes through
 
 
 @cache
@@ -538,7 +538,7 @@ def _environment(changes: dict[str, str]) -> Iterator[None]:
 def _variables(threads: int) -> dict[str, str]:
     "What a notebook's process must know: the repository, the library, and how many threads to use."
     path = filter(None, [str(Path(adm_repro.__file__).parent.parent), os.environ.get("PYTHONPATH")])
-    return {"ADM_REPRO_ROOT": str(project_root()), "PYTHONPATH": os.pathsep.join(path),
+    return {"ADM_REPRO_ROOT": str(project_root()), "PYTHONPATH": os.pathsep.join(path), "ADM_REPRO_PROGRESS": "none",
             **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads))}
 
 

@@ -28,9 +28,8 @@ from typing import Any
 
 import numpy as np
 from filelock import FileLock
-from tqdm import tqdm
 
-from .files import cache_folder, replacing
+from .files import Progress, cache_folder, replacing
 
 # %% ../nbs/10_shards.ipynb #173432d6
 @dataclass(frozen=True)
@@ -338,7 +337,7 @@ def _index_shards(paths: Sequence[Path]) -> dict[str, np.ndarray]:
     left_out: list[str] = []
 
     def names() -> Iterator[bytes]:
-        for number, path in enumerate(tqdm(paths, desc="index of shards", disable=None)):
+        for number, path in enumerate(Progress(paths, desc="index of shards", unit="shard")):
             for name, *row in _scan_shard(path):
                 if row[-1] == _LEFT_OUT:
                     left_out.append(f"{path}: {name}")
@@ -490,7 +489,7 @@ def _index_lmdb(path: Path, file: Path) -> dict[str, np.ndarray]:
     environment = _environment(path)
     with _reading(path, lambda: str(file)), environment.begin() as transaction:
         keys = transaction.cursor().iternext(keys=True, values=False)
-        packed = Names.of(tqdm(keys, desc=f"keys of {path.name}", total=environment.stat()["entries"], unit_scale=True, disable=None))
+        packed = Names.of(Progress(keys, desc=f"keys of {path.name}", unit="key", total=environment.stat()["entries"]))
     return {"text": packed.text, "ends": packed.ends}
 
 

@@ -29,7 +29,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 from .blocks import AttentionBlock, ResBlock
 from .checkpoints import NETWORK_KINDS, kind_of, save_network
@@ -37,7 +36,7 @@ from .classifier import classifier_loss
 from .cost import StepTime, time_steps
 from .data import ImageDataset, to_float, training_batch, training_batches
 from .diffusion import GaussianDiffusion, hybrid_loss, q_sample
-from .files import InUse, check_room, holding, naming, read_json, replacing, setting_differences, sha256_arrays, write_json
+from .files import InUse, Progress, check_room, holding, naming, read_json, replacing, setting_differences, sha256_arrays, write_json
 from .noise import integers, normals
 from .processes import out_of_memory, own_device, process_group, rank, world
 
@@ -570,7 +569,7 @@ def _how(state: TrainState, config: TrainConfig) -> dict[str, Any]:
 
 def _run(
     state: TrainState, objective: Objective, dataset: ImageDataset, config: TrainConfig, device: torch.device,
-    run_dir: Path, settings: dict[str, Any], keep: Sequence[int], about: dict[str, Any], bar: tqdm, lines: TextIO | None, stop: Callable[[], bool],
+    run_dir: Path, settings: dict[str, Any], keep: Sequence[int], about: dict[str, Any], bar: Progress, lines: TextIO | None, stop: Callable[[], bool],
 ) -> None:
     "Take the steps that are left, or Stopped; `lines` is the log, None for a process that writes nothing."
     batches, started, first = _shares(state, dataset, config), time.monotonic(), state.step
@@ -706,7 +705,7 @@ def train(
     config: TrainConfig,
     run_dir: str | Path,  # holds training.safetensors, weights.safetensors and log.jsonl
     device: str | torch.device = "cpu",  # under torchrun "cuda" is another GPU in each process
-    progress: bool = True,  # show a bar if standard error is a terminal
+    progress: bool = True,  # say on standard error how far it is
     keep: Sequence[int] = (),  # steps after which the weights are kept, too, as weights-<step>.safetensors
     compiled: bool = False,  # run the network through torch.compile
     fast: bool | None = None,  # memory order, optimiser and batches that suit the device, and no waiting: the same up to rounding; by default on a GPU
@@ -734,7 +733,7 @@ def train(
             _try_pieces(state, objective, dataset, config, device)
         if writes:
             _continue_log(run_dir / "log.jsonl", state.step)
-        with (tqdm(total=config.iterations, initial=state.step, desc=f"train {settings['kind']}", disable=None if progress and writes else True) as bar,
+        with (Progress(total=config.iterations, initial=state.step, desc=f"train {settings['kind']}", unit="step", shown=progress and writes) as bar,
               (run_dir / "log.jsonl").open("a") if writes else nullcontext() as lines):
             _run(state, objective, dataset, config, device, run_dir, settings, keep, about, bar, lines, stop if world() == 1 else lambda: False)
         _save_weights(state, config, dataset, kept_weights(run_dir), about, writes)
