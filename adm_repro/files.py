@@ -314,7 +314,7 @@ def _width() -> dict[str, Any]:
     with contextlib.suppress(OSError, ValueError):
         if os.get_terminal_size(sys.stderr.fileno()).columns > 0:
             return {"dynamic_ncols": True}
-    return {"ncols": 100}
+    return {"ncols": 100, "nrows": 20}
 
 
 class Progress(tqdm):

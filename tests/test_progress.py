@@ -15,8 +15,7 @@ from adm_repro.files import Progress
 for _ in Progress(range(10), desc="work", unit="piece"):
     time.sleep(0.15)
 """
-TRAIN = ("train imagenet64 --data digits --set image_size=8 --set in_channels=1 --set width=32 --set channel_mult=[1,1] --set depth=1 --set attention_resolutions=[4] "
-         "--set head_channels=32 --iterations 4 --batch-size 8 --log-every 2 --device cpu --out").split()
+TRAIN = ["train", "imagenet64", "--data", "digits", "--set", "image_size=8", "--set", "in_channels=1", "--set", "width=32", "--set", "channel_mult=[1,1]", "--set", "depth=1", "--set", "attention_resolutions=[4]", "--set", "head_channels=32", "--iterations", "4", "--batch-size", "8", "--log-every", "2", "--device", "cpu", "--out"]
 
 
 def environment(**variables):
