@@ -580,7 +580,7 @@ class _Progress:
                 yield f"[{len(self.done)}/{len(self.planned)}] {id} failed: {reason}{where}; again: {self.again.format(id)}", True
 
 # %% ../nbs/30_cli.ipynb #2b5a6515
-def _snakemake(experiment: Experiment, how: list[str], config: list[str], patience: float, log: Path, progress: _Progress, quietly: bool = False) -> int:
+def _snakemake(experiment: Experiment, how: list[str], config: list[str], patience: float, log: Path, progress: _Progress, as_json: bool = False) -> int:
     "Run the workflow and say what ends; the exit code of Snakemake. An interrupt is repeated after so many seconds of patience."
     root, work = project_root(), runs_folder(experiment.size)
     command = [sys.executable, "-m", "snakemake", "--snakefile", str(root / "experiments" / "Snakefile"), "--directory", str(work),
@@ -595,7 +595,7 @@ def _snakemake(experiment: Experiment, how: list[str], config: list[str], patien
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     code = workflow.wait(0.3)
                 for line, failure in progress.look():
-                    click.echo(line, err=failure or quietly)
+                    click.echo(line, err=failure or as_json)
         except KeyboardInterrupt as ended:  # from a terminal it has reached the workflow and its jobs, too
             with contextlib.suppress(subprocess.TimeoutExpired):
                 workflow.wait(patience)
@@ -603,7 +603,10 @@ def _snakemake(experiment: Experiment, how: list[str], config: list[str], patien
                 workflow.send_signal(signal.SIGINT)
                 workflow.wait()
             click.echo("Stopped. The same command continues.", err=True)
-            sys.exit(128 + getattr(ended, "number", signal.SIGINT))
+            status = 128 + getattr(ended, "number", signal.SIGINT)
+            if as_json:
+                click.echo(json.dumps({"error": "stopped: the same command continues", "status": status}))
+            sys.exit(status)
     return code
 
 # %% ../nbs/30_cli.ipynb #6aaa799d
