@@ -369,7 +369,7 @@ def job_recipe(experiment: Experiment, job: Job) -> str:  # 64 hexadecimal digit
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-_NOT_IN_RESULTS = {"cli", "drawing", "graphs", "paper", "presets", "pretrained", "profiling", "reports", "runs", "speed", "tools", "verdicts", "winograd", "__main__", "_modidx"}  # modules that no measured number passes through
+_NOT_IN_RESULTS = {"cli", "drawing", "gallery", "graphs", "paper", "presets", "pretrained", "profiling", "reports", "runs", "speed", "tools", "verdicts", "winograd", "_modidx", "__main__"}  # modules that no measured number passes through
 
 
 @cache

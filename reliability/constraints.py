@@ -1,7 +1,7 @@
 """Writes requirements-ci.txt: every pin of constraints.txt except torch with the SHA-256 of each of its files, for all platforms (make constraints; needs uv and a package index).
 
 torch is left out: builds for CPU, CUDA and ROCm have one version and different files, and which one is right depends on the machine.
-What only fuzzing or a cluster needs has the marker `extra == ...`, which pip skips; take the marker off to install it.
+What only fuzzing, a cluster or the site needs has the marker `extra == ...`, which pip skips; take the marker off to install it.
 """
 import re
 import shutil
@@ -11,7 +11,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 WITHOUT_HASH = {"torch"}
-ON_REQUEST = {"atheris": "fuzz", "hypothesis": "fuzz", "sortedcontainers": "fuzz", "pandas": "slurm", "snakemake-executor-plugin-slurm": "slurm", "snakemake-executor-plugin-slurm-jobstep": "slurm"}
+ON_REQUEST = {"atheris": "fuzz", "hypothesis": "fuzz", "sortedcontainers": "fuzz", "pandas": "slurm", "snakemake-executor-plugin-slurm": "slurm", "snakemake-executor-plugin-slurm-jobstep": "slurm",
+              **dict.fromkeys(("accessible-pygments", "alabaster", "babel", "furo", "imagesize", "jupyter-cache", "latex2mathml", "mdit-py-plugins", "myst-nb", "myst-parser", "roman-numerals", "snowballstemmer", "sphinx", "sphinx-basic-ng", "sphinxcontrib-applehelp", "sphinxcontrib-devhelp", "sphinxcontrib-htmlhelp", "sphinxcontrib-jsmath", "sphinxcontrib-qthelp", "sphinxcontrib-serializinghtml"), "docs")}
 
 
 def pins() -> dict[str, str]:

@@ -19,7 +19,7 @@ from adm_repro.speed import load_results, short_table
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 LESSONS = [p for p in NOTEBOOKS if p.parent == ROOT / "nbs" and p.stem[:2].isdigit()]
 PAPER = [p for p in NOTEBOOKS if p.parent.name == "paper"]
-MODULES = {p.stem for p in (ROOT / "adm_repro").glob("*.py")} - {"__init__", "__main__", "_modidx"}  # __main__ has no lesson: it only calls cli.main
+MODULES = {p.stem for p in (ROOT / "adm_repro").glob("*.py")} - {"__init__", "__main__", "_modidx"}  # __main__ only calls the command
 
 
 def settings():
