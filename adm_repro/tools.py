@@ -132,13 +132,13 @@ def _one_line(
 # %% ../nbs/29_tools.ipynb #c0a9e002
 def completes(
     names: Callable[[click.Context], Iterable[str]],  # that a word may be
-    files: bool = False,  # or that of a file
+    files: bool = False,  # or that of a file, if it begins none of the names: bash cannot be told of both
 ) -> Callable[[click.Context, click.Parameter, str], list[CompletionItem]]:  # for click's shell_complete
     "Completes a word; where names cannot be had there are none."
     def complete(ctx: click.Context, parameter: click.Parameter, word: str) -> list[CompletionItem]:
         with contextlib.suppress(RunError, OSError, ValueError):
             found = [CompletionItem(name) for name in names(ctx) if name.startswith(word)]
-            return found + [CompletionItem(word, type="file")] * files
+            return found or [CompletionItem(word, type="file")] * files
         return []
     return complete
 
