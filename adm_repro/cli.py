@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -125,6 +125,15 @@ _SIZE = click.option("--size", default="digits", show_default=True, shell_comple
 _SEEDS = click.option("--seeds", type=int, metavar="N", help="The first N seeds of the size; if it has fewer, more, counting up.  [default: the size's own]")
 _PROCESSES = click.option("--processes", type=click.IntRange(1), metavar="N",
                           help="Processes of a job that can use several.  [default: one per GPU of this machine; 1 on a CPU, and with --profile]")
+
+
+def _tabulate(rows: list[list[str]], headers: Sequence[str]) -> str:
+    "A table as text; RunError says what to install."
+    try:
+        from tabulate import tabulate
+    except ImportError as error:
+        raise RunError("tables of experiments need tabulate: pip install 'adm_repro[reproduce]'; --json does without") from error
+    return tabulate(rows, headers, disable_numparse=True)
 
 
 def _unknown(size: str, kind: str, name: str, known: list[str]) -> RunError:
@@ -351,8 +360,6 @@ def _rows_as_json(experiments: dict[str, Experiment], states: dict[str, dict[str
 @click.option("--json", "as_json", is_flag=True, help="The rows as a JSON list: the paper's lines, the state of every job, what failed.")
 def list_rows(names: tuple[str, ...], size: str, seeds: int | None, all_sizes: bool, as_json: bool) -> None:
     "Every number of the paper by table: the row that measures it, its notebook, what is done, its cost, its command."
-    from tabulate import tabulate
-
     own, others = {size: load_experiment(size, seeds)}, _other_sizes(size)
     shown = own | others if all_sizes else own
     rows = {(s, name): jobs for s, experiment in shown.items() for name, jobs in _by_row(list(experiment.jobs.values())).items()}
@@ -375,14 +382,14 @@ def list_rows(names: tuple[str, ...], size: str, seeds: int | None, all_sizes: b
     for id, entry in entries().items():
         if id in names or (id in measured and not names):
             lines = _lines_of(entry, shown, {} if all_sizes else others, columns)
-            click.echo(f"\n{id}: {entry.title}\n" + tabulate(lines, ["line of the paper", "the paper's numbers", *_COLUMNS], disable_numparse=True))
+            click.echo(f"\n{id}: {entry.title}\n" + _tabulate(lines, ["line of the paper", "the paper's numbers", *_COLUMNS]))
     named = [[", ".join(jobs[0].tables), *columns(shown[s], jobs)] for (s, name), jobs in rows.items() if name in names]
     beside = [[", ".join(jobs[0].tables), *columns(shown[s], jobs)] for (s, _), jobs in rows.items()
               if jobs[0].tables and not jobs[0].paper and (not names or {*names} & {*jobs[0].tables})]
     steps = [columns(shown[s], jobs) for (s, _), jobs in rows.items() if not jobs[0].tables and not names]
     for title, lines in (("Rows and steps by name", named), ("Rows beside the paper's lines", beside), ("Steps that rows need", steps)):
         if lines:
-            click.echo(f"\n{title}\n" + tabulate(lines, ["sections", *_COLUMNS][-len(lines[0]):], disable_numparse=True))
+            click.echo(f"\n{title}\n" + _tabulate(lines, ["sections", *_COLUMNS][-len(lines[0]):]))
 
 # %% ../nbs/30_cli.ipynb #5adcaa96
 _SHOWN_FIRST = ("fid", "frechet_distance", "inception_score", "precision", "recall")
@@ -475,8 +482,6 @@ def _summary(planned: list[_Planned], workers: int) -> str:
 
 def _plan_table(planned: list[_Planned]) -> str:
     "A plan, all seeds of a row on one line; parameters and operations where they are counted."
-    from tabulate import tabulate
-
     rows: dict[str, list[_Planned]] = {}
     for p in planned:
         rows.setdefault(p.job.name, []).append(p)
@@ -491,7 +496,7 @@ def _plan_table(planned: list[_Planned]) -> str:
                      (f"{cost.images:,}" + ("" if cost.training else f" x {cost.steps:,}")) if cost.images else "", f"{cost.flops * len(left):.2e}" if left and cost.flops else ""]
         lines.append(line)
     headers = ["job", "notebook", "state", "time", "disk"] + ["parameters", "GMACs (+ guide)", "images (x steps)", "FLOPs"] * counted
-    return tabulate(lines, headers, disable_numparse=True)
+    return _tabulate(lines, headers)
 
 
 def _plan_in_words(experiment: Experiment, planned: list[_Planned], workers: int, free: int) -> str:
@@ -1001,13 +1006,11 @@ def doctor(names: tuple[str, ...], offline: bool, as_json: bool, tflops: float |
         return
     click.echo("\n".join(_described_machine(machine, here, gone)))
     if experiments:
-        from tabulate import tabulate
-
-        click.echo("\n" + tabulate([_size_line(e, rows[e.size], tflops, machine["cores"]) for e in experiments], ["size", "rows that can run", "time", "what the others lack"], disable_numparse=True))
+        click.echo("\n" + _tabulate([_size_line(e, rows[e.size], tflops, machine["cores"]) for e in experiments], ["size", "rows that can run", "time", "what the others lack"]))
         click.echo("Times on a CPU are those of the records' machine" + f", on the GPU those of {tflops:.0f} TFLOP/s." * bool(machine["tflops"]) + "." * (not machine["tflops"]))
     for size in names:
-        click.echo("\n" + tabulate([[r["row"], ", ".join(r["tables"]), "" if r["missing"] else duration(r["seconds"]), ", ".join(r["missing"])] for r in rows[size]],
-                                   [size, "tables", "alone, with its needs", "lacks"], disable_numparse=True))
+        click.echo("\n" + _tabulate([[r["row"], ", ".join(r["tables"]), "" if r["missing"] else duration(r["seconds"]), ", ".join(r["missing"])] for r in rows[size]],
+                                   [size, "tables", "alone, with its needs", "lacks"]))
 
 
 def _described_machine(machine: dict[str, Any], here: dict[str, bool], gone: dict[str, str]) -> list[str]:

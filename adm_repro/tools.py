@@ -124,6 +124,8 @@ def _one_line(
 
     try:
         yield
+    except BrokenPipeError:  # whoever reads has enough
+        raise
     except OSError as error:
         raise RunError(plain(error)) from error
     except (BadInput, *more) as error:

@@ -192,6 +192,20 @@ def test_completion_prints_a_script_and_where_it_belongs(shell, shim):
     assert f"_ADM_REPRO_COMPLETE={shell}_complete" in done.stdout
 
 
+@pytest.mark.parametrize("arguments", [["list"], ["reproduce", "--dry-run"], ["doctor", "--offline"]])
+def test_a_table_without_tabulate_is_one_line(arguments, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tabulate", None)
+    result = invoke(*arguments)
+    assert result.exit_code == 2 and result.stderr == "adm-repro: tables of experiments need tabulate: pip install 'adm_repro[reproduce]'; --json does without\n"
+    assert invoke(*arguments, "--json").exit_code == 0
+
+
+def test_a_reader_who_has_enough_is_no_mistake():
+    with subprocess.Popen([sys.executable, "-m", "adm_repro", "download", "--list"], cwd=ROOT, env=ENVIRONMENT | {"PYTHONUNBUFFERED": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b"" and process.wait() == 1
+
+
 def test_python_m_is_the_command():
     assert command("--version").stdout.startswith("adm-repro, version ")
     tree = ast.parse((ROOT / "adm_repro" / "__main__.py").read_text())
