@@ -189,7 +189,7 @@ def test_a_failing_row_stops_nothing_else(undisturbed, make_root):
     (("steps = \"3\"", "steps = \"ddim999\""), "no integer stride"),
     (("guidance_scale = 1.0", "guidance_scale = -1.0"), "guidance_scale must be"),
     (("iterations = 12", "iterations = 0"), "must be at least 1"),
-    (("\"table14\"]\n[notebooks", "\"dimm\"]\n[notebooks"), "no section table14; sections are theory, table4, figure4, dimm"),
+    (("\"table14\", \"gallery\"]\n[notebooks", "\"dimm\"]\n[notebooks"), "no section table14; sections are theory, table4, figure4, dimm"),
     (("seeds = [0]", "seeds = [0, 0]"), "seeds must be a list of different whole numbers"),
     (("guidance_scale = 1.0", "guidance_scale = \"1.0\""), "should be a float"),
     (("model = \"conditional\"", "model = \"conditonal\""), "needs 'conditonal', which is no step"),
