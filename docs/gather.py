@@ -91,7 +91,7 @@ def gather(out: Path) -> None:
         if page.endswith(".ipynb"):
             target.write_text(notebook(text, page, known))
             continue
-        text = relinked(text, page, known)
+        text = relinked(text, page, known).replace("```mermaid", "```text")  # drawn by a script of others where the repository is shown
         target.write_text(text + (contents(parts | {"Library": [f"api/{name}.md" for name in api]}) if page == "README.md" else ""))
     for picture in [*ROOT.glob("reports/*/figures/*.png"), *ROOT.glob("benchmarks/results/*.png")]:
         target = out / picture.relative_to(ROOT)
