@@ -37,6 +37,7 @@ $(VENV)/docs-ready: $(READY)
 	@touch $@
 
 docs: $(VENV)/docs-ready
+	rm -rf _docs
 	$(BIN)/python docs/gather.py build/site-source
 	$(BIN)/python -m sphinx -W --keep-going -q -c docs build/site-source _docs
 

@@ -1,4 +1,5 @@
 """`python -m adm_repro` is the command `adm-repro`."""
 from adm_repro.cli import main
 
-main(prog_name="adm-repro")
+if __name__ == "__main__":
+    main(prog_name="adm-repro")

@@ -18,11 +18,16 @@ NOTES = ("CHANGELOG.md", "CONTRIBUTING.md", "DATA_STATEMENT.md", "DEVIATIONS.md"
          "benchmarks/README.md", "experiments/profiles/README.md", "tests/cluster/README.md", "tests/golden/README.md")
 
 
-def repository() -> str:
-    "Where the files are that are no pages."
+def setting(name: str) -> str:
+    "A value of settings.ini."
     parser = configparser.ConfigParser(delimiters=["="])
     parser.read(ROOT / "settings.ini")
-    return parser["DEFAULT"]["git_url"]
+    return parser["DEFAULT"][name]
+
+
+def in_repository(path: str) -> str:
+    "The address of a file that is no page."
+    return f"{setting('git_url')}/{'tree' if (ROOT / path).is_dir() else 'blob'}/{setting('branch')}/{path}"
 
 
 def pages() -> dict[str, list[str]]:
@@ -37,10 +42,11 @@ def relinked(text: str, page: str, known: set[str]) -> str:
     def change(match: re.Match[str]) -> str:
         mark, label, target, anchor = match.groups()
         path = os.path.normpath(os.path.join(os.path.dirname(page), target))
+        if path == "README.md" and target and not mark:
+            return f"[{label}]({os.path.relpath('index.md', os.path.dirname(page) or '.')}{anchor or ''})"
         if mark or not target or re.match(r"[a-z]+:", target) or path in known:
             return match[0]
-        kind = "tree" if (ROOT / path).is_dir() else "blob"
-        return f"[{label}]({repository()}/{kind}/main/{path}{anchor or ''})"
+        return f"[{label}]({in_repository(path)}{anchor or ''})"
 
     parts = re.split(r"(^```.*?^```)", text, flags=re.M | re.S)  # listings hold no links
     parts[::2] = [re.sub(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)#\s]*)(#[^)\s]*)?\)", change, part) for part in parts[::2]]
@@ -85,7 +91,7 @@ def gather(out: Path) -> None:
         if page.endswith(".ipynb"):
             target.write_text(notebook(text, page, known))
             continue
-        text = relinked(text, page, known).replace("](README.md", "](index.md")
+        text = relinked(text, page, known).replace("```mermaid", "```text")  # drawn by a script of others where the repository is shown
         target.write_text(text + (contents(parts | {"Library": [f"api/{name}.md" for name in api]}) if page == "README.md" else ""))
     for picture in [*ROOT.glob("reports/*/figures/*.png"), *ROOT.glob("benchmarks/results/*.png")]:
         target = out / picture.relative_to(ROOT)

@@ -17,7 +17,7 @@ from archive import archive, version
 @pytest.fixture(scope="module")
 def dist(tmp_path_factory):
     root = tmp_path_factory.mktemp("package")
-    for name in ("pyproject.toml", "settings.ini", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "settings.ini", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, root)
     shutil.copytree(ROOT / "adm_repro", root / "adm_repro", ignore=shutil.ignore_patterns("__pycache__"))
     build = "from setuptools import build_meta as b; b.build_wheel('dist'); b.build_sdist('dist')"
@@ -35,11 +35,16 @@ def test_a_wheel_holds_the_library_and_its_data(dist):
     assert all(name.startswith("adm_repro") for name in names)
 
 
-def test_an_sdist_can_be_built_again(dist):
+def test_an_sdist_can_be_built_again(dist, tmp_path):
     (sdist,) = dist.glob(f"adm_repro-{version(ROOT)}.tar.gz")
     with tarfile.open(sdist) as tar:
-        names = {name.split("/", 1)[1] for name in tar.getnames() if "/" in name}
-    assert {"pyproject.toml", "LICENSE", "README.md", "adm_repro/paper.json", "adm_repro/cli.py"} <= names
+        tar.extractall(tmp_path, filter="data")
+    (root,) = tmp_path.iterdir()
+    assert all((root / name).is_file() for name in ("pyproject.toml", "settings.ini", "LICENSE", "README.md"))
+    subprocess.run([sys.executable, "-c", "from setuptools import build_meta; build_meta.build_wheel('.')"], cwd=root, check=True, capture_output=True)
+    (again,), (first,) = root.glob("*.whl"), dist.glob("*.whl")
+    assert set(zipfile.ZipFile(again).namelist()) == set(zipfile.ZipFile(first).namelist())
+    assert any(name.endswith("licenses/LICENSE") for name in zipfile.ZipFile(again).namelist())
 
 
 def test_python_m_is_the_command_and_waits_for_no_torch():

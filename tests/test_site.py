@@ -18,7 +18,7 @@ import pytest
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "docs"))
-from gather import gather, notebook, relinked, repository
+from gather import gather, in_repository, notebook, relinked
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -42,17 +42,21 @@ def test_every_page_is_in_the_lists(source):
 def test_links_to_files_that_are_no_pages_go_to_the_repository():
     known = {"README.md", "nbs/00_diffusion.ipynb", "nbs/07_sampling.ipynb"}
     page = "nbs/00_diffusion.ipynb"
-    for before, after in (("[a](07_sampling.ipynb)", "[a](07_sampling.ipynb)"), ("[a](../README.md#speed)", "[a](../README.md#speed)"), ("[a](#part)", "[a](#part)"),
-                          ("[`x`](../tests/mutations.toml)", f"[`x`]({repository()}/blob/main/tests/mutations.toml)"), ("[a](paper)", f"[a]({repository()}/tree/main/nbs/paper)"),
+    for before, after in (("[a](07_sampling.ipynb)", "[a](07_sampling.ipynb)"), ("[a](../README.md#speed)", "[a](../index.md#speed)"), ("[a](#part)", "[a](#part)"),
+                          ("[`x`](../tests/mutations.toml)", f"[`x`]({in_repository('tests/mutations.toml')})"), ("[a](paper)", f"[a]({in_repository('nbs/paper')})"),
                           ("[a](https://arxiv.org/x)", "[a](https://arxiv.org/x)"), ("![a](x.png)", "![a](x.png)"), ("```\n[a](b.c)\n```", "```\n[a](b.c)\n```")):
         assert relinked(before, page, known) == after
+
+
+def test_files_are_looked_for_in_the_repository():
+    assert in_repository("nbs/paper").endswith("/tree/main/nbs/paper") and in_repository("Makefile").endswith("/blob/main/Makefile")
 
 
 def test_a_notebook_loses_directives_and_hidden_cells():
     cells = [{"cell_type": "code", "source": ["#| export\n", "x = 1"], "outputs": []}, {"cell_type": "code", "source": ["#| hide\n", "import y"], "outputs": []},
              {"cell_type": "code", "source": ["#| default_exp z"], "outputs": []}, {"cell_type": "markdown", "source": ["see [a](b.py)"]}]
     left = json.loads(notebook(json.dumps({"cells": cells}), "nbs/a.ipynb", set()))["cells"]
-    assert [cell["source"] for cell in left] == ["x = 1", f"see [a]({repository()}/blob/main/nbs/b.py)"]
+    assert [cell["source"] for cell in left] == ["x = 1", f"see [a]({in_repository('nbs/b.py')})"]
 
 
 @pytest.fixture(scope="module")
