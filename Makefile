@@ -1,4 +1,4 @@
-# Each target sets up .venv by itself. Python 3.11 or newer and make are all it needs.
+# Each target sets up .venv by itself. Python 3.11.5 or newer and make are all it needs.
 SIZE ?= digits
 PYTHON ?= python3
 PIP_ARGS ?=
@@ -17,7 +17,7 @@ help:
 	@echo "make constraints                     requirements-ci.txt anew from constraints.txt (needs uv)"
 
 $(READY): pyproject.toml constraints.txt requirements-ci.txt
-	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else "adm_repro needs Python 3.11 or newer, this is %d.%d; try make PYTHON=python3.12" % v[:2])'
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11, 5) else "the pinned packages need Python 3.11.5 or newer, this is %d.%d.%d; try make PYTHON=python3.12" % v[:3])'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --quiet $(PIP_ARGS) --require-hashes --no-deps --requirement requirements-ci.txt
 	$(BIN)/python -m pip install --quiet --quiet $(PIP_ARGS) --constraint constraints.txt --no-build-isolation --editable '.[reproduce,dev]'
